@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attncache build``: record maps through vLLM, train the projector, publish the store.
+
+Recording runs the model in vLLM itself, with the same ops and seams as serving. It can be cut off
+at any time and continues where it stopped: what is committed stays, and texts that are already in
+the store are skipped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from attncache_vllm.calibrate.corpus import token_hash
+from attncache_vllm.calibrate.train import (
+    MIN_ENTRIES,
+    MapDigest,
+    TrainReport,
+    digest,
+    map_distance,
+    train_projector,
+)
+from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.codec import decode_causal
+from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.store.local import LocalStore
+from attncache_vllm.store.manifest import Manifest
+
+COMMIT_EVERY = 16
+EPOCHS = 20
+# Every 16th row of a map stands for all of them when two maps are compared, so a text needs as
+# many tokens to be compared at all; shorter ones would be bypassed in service anyway.
+ROW_STRIDE = 16
+# A pair of which one text is half as long as the other counts as a tenth of the mass apart.
+LENGTH_WEIGHT = 0.2
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What ``attncache build`` was asked for. ``layers`` None means the last third."""
+
+    model: str
+    store: Path
+    layers: tuple[int, ...] | None = None
+    feature_layer: int = 0
+    max_entries: int = 1000
+    max_bytes: int | None = None
+    max_tokens: int = 512
+    max_distance: float = 0.1
+    factory: str = "Flat"
+    slots: int = 8
+    seed: int = 0
+
+
+def build(options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
+    """Build or extend the store; returns figures for the user.
+
+    Raises:
+        SettingsError, StoreError: with rule, value and remedy.
+    """
+    num_layers = _num_layers(options.model)
+    layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
+    plan = Plan.reusing(num_layers, layers, options.max_distance, options.feature_layer)
+    recorded = _record(options, plan.reused_layers, texts)
+    report = _train_and_publish(options, plan)
+    return {**recorded, "layers": list(layers), "num_layers": num_layers, **report}
+
+
+def _num_layers(model: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the model must be a folder or a hub name that transformers can read, got {model!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _record(options: BuildOptions, layers: tuple[int, ...], texts: Iterable[str]) -> dict[str, Any]:
+    llm = _recording_engine(options, layers)
+    try:
+        return _record_texts(llm, options, texts)
+    finally:
+        llm.collective_rpc("attncache_close")
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
+    from vllm import LLM
+
+    record = {
+        "layers": list(layers),
+        "feature_layer": options.feature_layer,
+        "slots": options.slots,
+    }
+    return LLM(
+        model=options.model,
+        runner="pooling",
+        convert="embed",
+        # Whole sequences, one per step: what recording needs, whatever the model's own pooling.
+        pooler_config={"seq_pooling_type": "MEAN"},
+        enable_prefix_caching=False,
+        enable_chunked_prefill=False,
+        max_num_seqs=1,
+        max_model_len=options.max_tokens,
+        max_num_batched_tokens=options.max_tokens,
+        enforce_eager=True,
+        attention_backend="attncache",
+        worker_extension_cls="attncache_vllm.engine.record.RecorderExtension",
+        additional_config={"attncache": {"store": str(options.store), "record": record}},
+    )
+
+
+def _record_texts(llm: Any, options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
+    tokenizer = llm.get_tokenizer()
+    stats = llm.collective_rpc("attncache_stats")[0]
+    known = {entry.token_hash for entry in Manifest.read(options.store).entries}
+    skipped = recorded = 0
+    started = time.monotonic()
+    with _progress() as progress:
+        task = progress.add_task("recording", total=options.max_entries, completed=len(known))
+        for text in texts:
+            if stats["entries"] >= options.max_entries:
+                break
+            if options.max_bytes is not None and stats["bytes"] >= options.max_bytes:
+                break
+            token_ids = tokenizer(text).input_ids[: options.max_tokens]
+            identity = token_hash(token_ids)
+            if identity in known or len(token_ids) < ROW_STRIDE:
+                skipped += 1
+                continue
+            known.add(identity)
+            llm.embed([{"prompt_token_ids": token_ids}], use_tqdm=False)
+            stats = llm.collective_rpc("attncache_commit", args=(identity,))[0]
+            recorded += 1
+            progress.update(task, completed=stats["entries"])
+            if stats["entries"] % COMMIT_EVERY == 0:
+                llm.collective_rpc("attncache_flush")
+    return {
+        "recorded": recorded,
+        "skipped": skipped,
+        "sequences_per_second": recorded / (time.monotonic() - started),
+        "parity": stats["parity"],
+    }
+
+
+def _train_and_publish(options: BuildOptions, plan: Plan) -> dict[str, Any]:
+    with LocalStore.open(options.store, writable=True) as store:
+        store.drop_damaged()
+        pooled, digests = _read_back(store, options)
+        projector, report = _train(pooled, digests, options.seed)
+        with torch.inference_mode():
+            features = projector(pooled).numpy()
+        store.publish(
+            plan=plan.to_dict(),
+            projector=projector.to_bytes(),
+            report=asdict(report),
+            features=features,
+            factory=options.factory,
+        )
+        stats = store.stats()
+    return {"entries": stats.entries, "bytes": stats.bytes, "training": asdict(report)}
+
+
+def _read_back(store: LocalStore, options: BuildOptions) -> tuple[torch.Tensor, list[MapDigest]]:
+    """Feature inputs ``[N, slots, hidden]`` float32 and map digests of all entries, in order."""
+    namespace = store.manifest.namespace
+    pooled, digests = [], []
+    with _progress() as progress:
+        entries = progress.track(
+            store.records(), total=store.stats().entries, description="reading back"
+        )
+        for _, record in entries:
+            # First, middle and last recorded layer: the label is an average, and these span it.
+            layers = sorted(record.maps)
+            maps = [
+                decode_causal(
+                    torch.from_numpy(record.maps[layer].copy()),
+                    namespace.num_heads,
+                    namespace.num_kv_heads,
+                    record.length,
+                )
+                for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+            ]
+            pooled.append(record.pooled)
+            digests.append(digest(maps, range(ROW_STRIDE - 1, options.max_tokens, ROW_STRIDE)))
+    if len(pooled) < MIN_ENTRIES:
+        raise SettingsError(
+            f"a store needs at least {MIN_ENTRIES} entries to train its projector, got "
+            f"{len(pooled)} of at least {ROW_STRIDE} tokens; give a larger corpus"
+        )
+    return torch.from_numpy(np.stack(pooled)).float(), digests
+
+
+def _train(
+    pooled: torch.Tensor, digests: list[MapDigest], seed: int
+) -> tuple[Projector, TrainReport]:
+    with _progress() as progress:
+        task = progress.add_task("training", total=EPOCHS)
+        return train_projector(
+            pooled,
+            lambda i, j: map_distance(digests[i], digests[j], LENGTH_WEIGHT),
+            seed=seed,
+            epochs=EPOCHS,
+            on_epoch=lambda epoch, *_: progress.update(task, completed=epoch),
+        )
+
+
+class _RateColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _RateColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )

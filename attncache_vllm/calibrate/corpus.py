@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts to build a store from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from attncache_vllm.errors import SettingsError
+
+
+def read_corpus(path: Path) -> Iterator[str]:
+    """Yield the texts of a corpus, in order, empty ones left out.
+
+    ``.jsonl`` holds one object per line with a string under ``text``; ``.txt`` one text per line.
+
+    Raises:
+        SettingsError: another ending, an unreadable file or a malformed line (with its number).
+    """
+    if path.suffix not in {".jsonl", ".txt"}:
+        raise SettingsError(
+            f"a corpus must be a .jsonl or .txt file, got {str(path)!r}; write one JSON object "
+            'with a "text" per line, or one plain text per line'
+        )
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.strip() if path.suffix == ".txt" else _text_of(line, path, number)
+                if text:
+                    yield text
+    except OSError as error:
+        raise SettingsError(
+            f"the corpus must be readable: {error.strerror}, got {str(path)!r}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"the corpus {str(path)!r} must be UTF-8: {error}") from None
+
+
+def _text_of(line: str, path: Path, number: int) -> str:
+    if not line.strip():
+        return ""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{path}:{number} must be a JSON object: {error}") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise SettingsError(
+            f'{path}:{number} must be an object with a string under "text", got {line[:80]!r}'
+        )
+    text: str = row["text"]
+    return text.strip()
+
+
+def token_hash(token_ids: Sequence[int]) -> bytes:
+    """SHA-256 of the token ids as little-endian int32: the identity of a sequence in a store."""
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i4").tobytes()).digest()

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fit the projector so that feature distances predict map distances.
+
+As in AttnCache (arXiv 2510.25979): a Siamese network whose label is the mean L1 distance of the
+rows of two sequences' maps, halved, plus a term for their difference in length.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.feature import Projector
+
+MIN_ENTRIES = 8
+_BATCH_PAIRS = 512
+# Labels lie in [0, 1]; with smooth-L1's default knee of 1 it would be a plain squared error.
+_SMOOTH_L1_KNEE = 0.1
+_INITIAL_SCALE = 0.1
+
+
+@dataclass(frozen=True)
+class MapDigest:
+    """A few rows of an entry's maps, enough to compare it with others in microseconds.
+
+    Attributes:
+        length: tokens of the entry.
+        positions: sampled row indices, ascending, all below `length`.
+        rows: `[layers * heads, sum(p + 1 for p in positions)]` float16: the visible part of each
+            sampled row, side by side. Shorter entries hold a prefix of a longer one's columns.
+    """
+
+    length: int
+    positions: tuple[int, ...]
+    rows: Tensor
+
+
+def digest(maps: Sequence[RowBlocks | Tensor], positions: Sequence[int]) -> MapDigest:
+    """Sample the rows at `positions` of one entry's maps.
+
+    Args:
+        maps: one map per layer, of the same layers for every entry; dense ones are `[H, L, L]`.
+        positions: row indices, ascending, the same for every entry; those at or past the entry's
+            length are left out.
+
+    Raises:
+        ValueError: no map, maps of unequal length, positions that are not ascending and >= 0, or
+            none of them below the length.
+    """
+    lengths = {m.length if isinstance(m, RowBlocks) else m.shape[-1] for m in maps}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"a digest needs maps of one sequence, got maps of lengths {sorted(lengths)!r}; "
+            "pass every sampled layer of one entry"
+        )
+    (length,) = lengths
+    kept = tuple(p for p in positions if p < length)
+    if not kept or kept[0] < 0 or any(a >= b for a, b in pairwise(positions)):
+        raise ValueError(
+            "positions must be ascending, >= 0, and at least one below the entry's length "
+            f"{length}, got {tuple(positions)!r}; sample a row that every entry has"
+        )
+    rows = [torch.cat([_row(m, p) for m in maps]) for p in kept]
+    return MapDigest(length, kept, torch.cat(rows, dim=1))
+
+
+def _row(maps: RowBlocks | Tensor, position: int) -> Tensor:
+    """Row `position` of every head, `[H, position + 1]` float16."""
+    if isinstance(maps, RowBlocks):
+        block = next(b for b in maps.blocks if position < b.stop)
+        row = block.probs[:, :, position - block.start, : position + 1].flatten(0, 1)
+    else:
+        row = maps[:, position, : position + 1]
+    return row.to("cpu", torch.float16)
+
+
+def map_distance(a: MapDigest, b: MapDigest, length_weight: float = 0.0) -> float:
+    """The label of a pair: how unlike two entries' maps are.
+
+    `mean over heads and common rows of |a - b|_1 / 2`, the total variation distance, in [0, 1],
+    plus `length_weight * (1 - min(length) / max(length))`.
+
+    Raises:
+        ValueError: the digests were sampled from other layers or at other positions.
+    """
+    common = min(a.positions, b.positions, key=len)
+    if len(a.rows) != len(b.rows) or any(d.positions[: len(common)] != common for d in (a, b)):
+        raise ValueError(
+            "digests must sample the same layers, heads and positions, "
+            f"got {len(a.rows)} heads at {a.positions!r} and {len(b.rows)} heads at "
+            f"{b.positions!r}; digest every entry with the same arguments"
+        )
+    columns = sum(common) + len(common)
+    l1 = (a.rows[:, :columns] - b.rows[:, :columns]).abs().sum(dtype=torch.float32).item()
+    shorter, longer = sorted((a.length, b.length))
+    return l1 / (2 * len(a.rows) * len(common)) + length_weight * (1 - shorter / longer)
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """How well feature distances predict map distances.
+
+    Attributes:
+        train_loss: smooth-L1 loss of the last epoch on the training pairs.
+        heldout_loss: the same on pairs of entries that training never saw.
+        rank_correlation: Spearman's, of feature and map distances of those held-out pairs;
+            0 if all distances are equal.
+        pairs: training pairs.
+        epochs: passes over them.
+        seconds: wall time, labels included.
+        curve: `(train_loss, heldout_loss)` of every epoch.
+    """
+
+    train_loss: float
+    heldout_loss: float
+    rank_correlation: float
+    pairs: int
+    epochs: int
+    seconds: float
+    curve: tuple[tuple[float, float], ...]
+
+
+def train_projector(
+    pooled: Tensor,
+    distance: Callable[[int, int], float],
+    *,
+    seed: int = 0,
+    max_pairs: int = 20_000,
+    epochs: int = 20,
+    on_epoch: Callable[[int, float, float], None] | None = None,
+) -> tuple[Projector, TrainReport]:
+    """Train a projector on pairs of entries; a fifth of the entries is held out.
+
+    The result depends on the arguments only: the global random state is neither read nor moved.
+
+    Args:
+        pooled: `[N, slots, D]`, `pool_tokens` of every entry, any float dtype.
+        distance: map distance of the entries `i` and `j`; called once per sampled pair.
+        seed: decides the split, the pairs, the initial weights and the batches.
+        max_pairs: most training pairs, drawn at random; held-out pairs are at most as many.
+        epochs: passes over the training pairs.
+        on_epoch: called with the epoch (from 1), its training and its held-out loss.
+
+    Raises:
+        ValueError: fewer than 8 entries, a shape or number out of range, or a value or distance
+            that is not finite.
+    """
+    if pooled.ndim != 3 or len(pooled) < MIN_ENTRIES:
+        raise ValueError(
+            f"training needs pooled [N, slots, D] with N >= {MIN_ENTRIES}, "
+            f"got {tuple(pooled.shape)!r}; record more sequences"
+        )
+    if max_pairs < 1 or epochs < 1:
+        raise ValueError(
+            f"max_pairs and epochs must be at least 1, got {max_pairs!r} and {epochs!r}"
+        )
+    if not pooled.isfinite().all():
+        raise ValueError("pooled hidden states must be finite, got NaN or infinity; record again")
+    started = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        order = torch.randperm(len(pooled))
+        # At least three entries, for at least three pairs to rank.
+        num_heldout = max(3, len(order) // 5)
+        heldout, train = order[:num_heldout], order[num_heldout:]
+        heldout_pairs, train_pairs = _pairs(heldout, max_pairs), _pairs(train, max_pairs)
+        heldout_labels = _labels(heldout_pairs, distance)
+        train_labels = _labels(train_pairs, distance)
+        projector = Projector(hidden_size=pooled.shape[2], slots=pooled.shape[1])
+        with torch.no_grad():
+            # A few hundred entries do not span the input, and where they do not, the initial
+            # weights stay. Left at their usual size, they decide the distances of new entries.
+            projector.inner.weight.mul_(_INITIAL_SCALE)
+        steps = epochs * -(-len(train_pairs) // _BATCH_PAIRS)
+        optimiser = torch.optim.AdamW(projector.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+        curve = []
+        for epoch in range(1, epochs + 1):
+            total = 0.0
+            for batch in torch.split(torch.randperm(len(train_pairs)), _BATCH_PAIRS):
+                predicted = _distances(projector, pooled, train_pairs[batch])
+                loss = F.smooth_l1_loss(predicted, train_labels[batch], beta=_SMOOTH_L1_KNEE)
+                optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimiser.step()
+                schedule.step()
+                total += loss.item() * len(batch)
+            with torch.no_grad():
+                predicted = _distances(projector, pooled, heldout_pairs)
+            loss = F.smooth_l1_loss(predicted, heldout_labels, beta=_SMOOTH_L1_KNEE)
+            curve.append((total / len(train_pairs), loss.item()))
+            if on_epoch is not None:
+                on_epoch(epoch, *curve[-1])
+    report = TrainReport(
+        *curve[-1],
+        rank_correlation=_spearman(predicted, heldout_labels),
+        pairs=len(train_pairs),
+        epochs=epochs,
+        seconds=time.monotonic() - started,
+        curve=tuple(curve),
+    )
+    return projector.eval(), report
+
+
+def _pairs(entries: Tensor, limit: int) -> Tensor:
+    """At most `limit` distinct pairs of `entries`, `[pairs, 2]`, drawn at random."""
+    first, second = torch.triu_indices(len(entries), len(entries), offset=1)
+    drawn = torch.randperm(len(first))[:limit]
+    return torch.stack([entries[first[drawn]], entries[second[drawn]]], dim=1)
+
+
+def _labels(pairs: Tensor, distance: Callable[[int, int], float]) -> Tensor:
+    labels = torch.tensor([distance(i, j) for i, j in pairs.tolist()])
+    if not labels.isfinite().all() or labels.min() < 0:
+        raise ValueError(
+            "map distances must be finite and >= 0, "
+            f"got values from {labels.min().item()!r} to {labels.max().item()!r}; record again"
+        )
+    return labels
+
+
+def _distances(projector: Projector, pooled: Tensor, pairs: Tensor) -> Tensor:
+    """L2 distances of the features of `pairs`; an entry in many pairs is projected once."""
+    entries, places = torch.unique(pairs, return_inverse=True)
+    # Not features[places]: the gradient of indexing adds up in the order threads finish.
+    features = projector(pooled[entries]).index_select(0, places.flatten())
+    first, second = features.view(len(pairs), 2, -1).unbind(1)
+    distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
+    return distances
+
+
+def _spearman(a: Tensor, b: Tensor) -> float:
+    ranks = torch.stack([_ranks(a), _ranks(b)])
+    return torch.corrcoef(ranks)[0, 1].nan_to_num(0.0).item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = count.cumsum(0) - (count - 1) / 2
+    return ranks[place]

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command ``attncache``.
+
+Exit codes: 0 done; 1 the answer is bad news (damage found, not ready); 2 a mistake in the call or
+its inputs, said in one line; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from attncache_vllm.errors import AttnCacheError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Reuse of attention maps for prefill-only serving with vLLM.",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+StoreArgument = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A user's mistake is one line and exit code 2, not a traceback."""
+    try:
+        yield
+    except AttnCacheError as error:
+        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def build(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, as for vLLM.")],
+    corpus: Annotated[Path, typer.Option(help="Texts to record: .jsonl with `text`, or .txt.")],
+    store: Annotated[Path, typer.Option(help="Folder of the store, new or to be extended.")],
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers to reuse, like `20-29` or `4,8-11`. [default: the last third]"),
+    ] = None,
+    feature_layer: Annotated[
+        int, typer.Option(min=0, help="Layer whose input is searched with; the paper's is 0.")
+    ] = 0,
+    max_entries: Annotated[int, typer.Option(min=1, help="Stop at this many entries.")] = 1000,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Stop at this size of the maps, in bytes.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=16, help="Cut texts at this length; longer requests never hit.")
+    ] = 512,
+    max_distance: Annotated[
+        float,
+        typer.Option(
+            min=0.0,
+            help="Gate: largest predicted distance of two maps (0 equal, 1 disjoint) that still "
+            "counts as a hit.",
+        ),
+    ] = 0.1,
+    factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
+    seed: Annotated[int, typer.Option(help="Seed of the projector's training.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Record attention maps of a corpus by running the model in vLLM.
+
+    Cut off, it continues where it stopped when called again; with a higher `--max-entries` or
+    another corpus it extends the store.
+
+    Example: `attncache build ./SmolLM2 --corpus texts.jsonl --store ./maps --max-entries 500`
+    """
+    with user_errors():
+        from attncache_vllm.calibrate.build import BuildOptions
+        from attncache_vllm.calibrate.build import build as build_store
+        from attncache_vllm.calibrate.corpus import read_corpus
+
+        options = BuildOptions(
+            model=model,
+            store=store,
+            layers=None if layers is None else parse_layers(layers),
+            feature_layer=feature_layer,
+            max_entries=max_entries,
+            max_bytes=max_bytes,
+            max_tokens=max_tokens,
+            max_distance=max_distance,
+            factory=factory,
+            seed=seed,
+        )
+        texts = list(read_corpus(corpus))
+        if not texts:
+            raise AttnCacheError(f"the corpus must hold at least one text, got {str(corpus)!r}")
+        report = build_store(options, texts)
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    training = report["training"]
+    table = Table(title=str(store), show_header=False)
+    table.add_row("entries", f"{report['entries']} ({report['recorded']} recorded now)")
+    table.add_row("size", f"{report['bytes'] / 2**20:.1f} MiB")
+    table.add_row("layers with reuse", f"{_ranges(report['layers'])} of {report['num_layers']}")
+    table.add_row("recording", f"{report['sequences_per_second']:.2f} sequences/s")
+    if report["parity"]:
+        table.add_row("own-map error", f"{max(report['parity'].values()):.4f} (relative, worst)")
+    table.add_row("training loss", f"{training['train_loss']:.5f}")
+    table.add_row("held-out loss", f"{training['heldout_loss']:.5f}")
+    table.add_row("rank correlation", f"{training['rank_correlation']:.3f} (held out)")
+    out.print(table)
+
+
+@app.command()
+def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Show what a store holds: namespace, entries, plan, training figures.
+
+    Example: `attncache inspect ./maps --json`
+    """
+    with user_errors():
+        from attncache_vllm.reuse.plan import Plan
+        from attncache_vllm.store.manifest import Manifest
+
+        manifest = Manifest.read(store)
+        published = manifest.published
+        plan = None if published is None else Plan.from_dict(published.plan)
+    lengths = sorted(entry.length for entry in manifest.entries)
+    summary: dict[str, Any] = {
+        "namespace": {**manifest.namespace.to_dict(), "digest": manifest.namespace.digest()},
+        "build": manifest.build,
+        "entries": len(lengths),
+        "bytes": sum(entry.size for entry in manifest.entries),
+        "tokens": {
+            "min": lengths[0] if lengths else None,
+            "median": lengths[len(lengths) // 2] if lengths else None,
+            "max": lengths[-1] if lengths else None,
+        },
+        "segments": [dataclasses.asdict(segment) for segment in manifest.segments],
+        "findable": 0 if published is None else published.rows,
+        "layers_reused": [] if plan is None else list(plan.reused_layers),
+        "feature_layer": None if plan is None else plan.feature_layer,
+        "max_distance": None
+        if plan is None or plan.first_reused is None
+        else plan.layers[plan.first_reused].max_distance,
+        "training": None
+        if published is None
+        else {key: value for key, value in published.report.items() if key != "curve"},
+    }
+    if as_json:
+        typer.echo(json.dumps(summary, indent=2))
+        return
+    table = Table(title=str(store), show_header=False)
+    for key, value in _flat(summary):
+        table.add_row(key, value)
+    out.print(table)
+
+
+@app.command()
+def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
+    """Read a whole store again and check every size and checksum. Exit code 1 on damage.
+
+    Example: `attncache verify ./maps && echo sound`
+    """
+    with user_errors():
+        from attncache_vllm.store.local import LocalStore
+
+        with LocalStore.open(store) as opened:
+            report = opened.verify()
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+    else:
+        for entry_id, reason in report.damaged:
+            out.print(f"entry {entry_id}: {reason}", highlight=False)
+        for problem in report.problems:
+            out.print(problem, highlight=False)
+        verdict = "[red]damaged[/]" if report.damaged or report.problems else "[green]sound[/]"
+        out.print(f"{report.entries} entries read: {verdict}")
+    if report.damaged or report.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    store: Annotated[Path | None, typer.Option(help="Store to check.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to check the store and vLLM's settings with.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check versions, plugin, machine and store, and say why requests would not be reused.
+
+    Exit code 1 when something stands in the way.
+
+    Example: `attncache doctor --store ./maps --model ./SmolLM2`
+    """
+    from attncache_vllm.doctor import examine
+
+    with user_errors():
+        checks = examine(store, model)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        mark = {"ok": "[green]ok[/]", "info": "[cyan]--[/]", "problem": "[red]!![/]"}
+        table = Table(show_header=False, box=None)
+        for check in checks:
+            table.add_row(mark[check.state], check.what, check.finding)
+        out.print(table)
+    if any(check.state == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``"4,8-11"`` to ``(4, 8, 9, 10, 11)``. Raises AttnCacheError for anything else."""
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise AttnCacheError(
+                f"layers must be numbers and ranges like 4,8-11 (the first is 0), got {text!r}"
+            )
+        layers.update(range(int(first), int(last or first) + 1))
+    if not layers:
+        raise AttnCacheError(f"a range of layers must ascend, got {text!r}")
+    return tuple(sorted(layers))
+
+
+def _ranges(layers: list[int]) -> str:
+    """``[4, 8, 9, 10]`` to ``"4, 8-10"``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif key == "layers_reused":
+            yield prefix + key, _ranges(value)
+        else:
+            yield prefix + key, f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    run: Callable[[], None] = app
+    run()

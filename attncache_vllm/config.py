@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one settings object of the plugin.
+
+It travels inside vLLM's own configuration, ``--additional-config '{"attncache": {...}}'``, and so
+reaches every spawned process without a channel of our own. In place of the inline object a path to
+a YAML file with the same keys may be given: ``--additional-config '{"attncache": "file.yaml"}'``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from attncache_vllm.errors import SettingsError
+
+SETTINGS_KEY = "attncache"
+MIB = 1024 * 1024
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class RecordSettings(_Frozen):
+    """Recording of maps instead of serving; set by ``attncache build``, never by hand."""
+
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        description="Layers whose maps are recorded."
+    )
+    feature_layer: int = Field(0, ge=0, description="Layer whose input becomes the feature.")
+    slots: int = Field(8, ge=1, le=256, description="Positions the feature input is pooled to.")
+
+
+class Settings(_Frozen):
+    """Settings of one engine.
+
+    Every field has a reader; the table in ``docs/settings.md`` is generated from this class.
+    """
+
+    store: Path = Field(strict=False, description="Folder of the map store.")
+    max_distance: float | None = Field(
+        None,
+        ge=0.0,
+        description="Largest feature distance that still counts as a hit, in place of the gate "
+        "that was stored with the maps. 0 admits only sequences with the very same feature.",
+    )
+    neighbours: int = Field(
+        8, ge=1, le=1024, description="Entries compared per sequence before the gate."
+    )
+    min_tokens: int = Field(
+        16, ge=1, description="Shorter sequences are computed exactly (counted as a bypass)."
+    )
+    lookup_deadline_ms: float = Field(
+        200.0,
+        gt=0.0,
+        description="Longest time between the start of a lookup and the first reused layer; "
+        "whatever has not arrived by then is a miss.",
+    )
+    resident_mib: int = Field(
+        1024, ge=1, description="Bound of the decoded maps kept in memory, in MiB."
+    )
+    log_interval_s: float = Field(
+        30.0, gt=0.0, description="Seconds between two log lines with the counters."
+    )
+    record: RecordSettings | None = Field(
+        None, description="Set by `attncache build`: record maps instead of reusing them."
+    )
+
+    @property
+    def resident_bytes(self) -> int:
+        return self.resident_mib * MIB
+
+
+def load_settings(additional_config: Mapping[str, Any] | None) -> Settings:
+    """Read the settings from vLLM's ``additional_config``.
+
+    Raises:
+        SettingsError: no ``attncache`` key, an unknown key, a value out of range, or a YAML file
+            that cannot be read. The message gives the rule, the value and the remedy.
+    """
+    raw = (additional_config or {}).get(SETTINGS_KEY)
+    if raw is None:
+        raise SettingsError(
+            "the attncache backend needs its settings: pass "
+            '--additional-config \'{"attncache": {"store": "DIR"}}\' (or '
+            '\'{"attncache": "settings.yaml"}\'), '
+            f"got {additional_config!r}. Make a store with `attncache build`."
+        )
+    origin = "--additional-config"
+    if isinstance(raw, str):
+        origin, raw = raw, _read_yaml(Path(raw))
+    if not isinstance(raw, Mapping):
+        raise SettingsError(
+            "settings must be an object of keys and values or the path of a YAML file, "
+            f"got {raw!r} from {origin}."
+        )
+    try:
+        # JSON and YAML know lists only; tuples keep the frozen object hashable.
+        record = raw.get("record")
+        if isinstance(record, Mapping) and isinstance(record.get("layers"), list):
+            raw = {**raw, "record": {**record, "layers": tuple(record["layers"])}}
+        return Settings.model_validate(dict(raw))
+    except ValidationError as error:
+        raise SettingsError(_explain(error, origin)) from None
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(
+            f"the settings file must be readable: {error.strerror}, got {str(path)!r}. Relative "
+            "paths are taken from the folder the server was started in."
+        ) from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"the settings file {str(path)!r} is not valid YAML: {error}") from None
+
+
+def _explain(error: ValidationError, origin: str) -> str:
+    known = ", ".join(Settings.model_fields)
+    lines = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {key!r}, got {item['input']!r}; known: {known}")
+        elif item["type"] == "missing":
+            lines.append(f"setting {key!r} is required")
+        else:
+            rule = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"setting {key!r}: {rule}, got {item['input']!r}")
+    return f"invalid attncache settings in {origin}: " + "; ".join(lines)

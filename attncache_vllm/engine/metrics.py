@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counters of one worker, for Prometheus and for the periodic log line.
+
+The worker is not the process that answers ``/metrics``: Prometheus' multi-process mode carries the
+counters there when ``PROMETHEUS_MULTIPROC_DIR`` is set for the server. Without it the log line
+still reports them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter as Tally
+from dataclasses import dataclass, field
+
+from prometheus_client import Counter, Gauge, Histogram
+
+SEQUENCES = Counter(
+    "attncache_sequences",
+    "Sequences prefilled, by outcome: hit, miss or bypass.",
+    ["outcome"],
+)
+BYPASSES = Counter("attncache_bypasses", "Sequences not eligible for reuse, by reason.", ["reason"])
+MISSES = Counter("attncache_misses", "Sequences looked up in vain, by reason.", ["reason"])
+STORE_FAULTS = Counter("attncache_store_faults", "Faults of the map store, by kind.", ["kind"])
+LAYERS = Gauge(
+    "attncache_layers",
+    "Attention layers of the model, by treatment: reused, exact, or bypassed for a reason.",
+    ["treatment"],
+    multiprocess_mode="mostrecent",
+)
+LOOKUP_SECONDS = Histogram(
+    "attncache_lookup_seconds",
+    "Wall time from the start of a batched lookup to its maps being ready, in seconds.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+)
+WAIT_SECONDS = Histogram(
+    "attncache_lookup_wait_seconds",
+    "Time the forward pass stood waiting for a lookup at the first reused layer, in seconds.",
+    buckets=(0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+)
+
+
+@dataclass
+class Outcomes:
+    """Tally of sequences since start; a second home of the Prometheus counters, for the log."""
+
+    log_interval_s: float
+    sequences: Tally[str] = field(default_factory=Tally)
+    reasons: Tally[str] = field(default_factory=Tally)
+    _last_log: float = field(default_factory=time.monotonic)
+
+    def hit(self, count: int) -> None:
+        self._count("hit", count)
+
+    def miss(self, reason: str, count: int) -> None:
+        self._count("miss", count)
+        self.reasons[f"miss: {reason}"] += count
+        MISSES.labels(reason).inc(count)
+
+    def bypass(self, reason: str, count: int) -> None:
+        self._count("bypass", count)
+        self.reasons[f"bypass: {reason}"] += count
+        BYPASSES.labels(reason).inc(count)
+
+    def _count(self, outcome: str, count: int) -> None:
+        if count:
+            self.sequences[outcome] += count
+            SEQUENCES.labels(outcome).inc(count)
+
+    def log_line(self) -> str | None:
+        """The counters as text, at most once per interval and only when something happened."""
+        now = time.monotonic()
+        if now - self._last_log < self.log_interval_s:
+            return None
+        self._last_log = now
+        parts = [f"{self.sequences[outcome]} {outcome}" for outcome in ("hit", "miss", "bypass")]
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+        return ", ".join(parts) + (f" ({reasons})" if reasons else "")

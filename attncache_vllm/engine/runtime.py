@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one engine's worker holds for serving: store, projector, resident maps and counters."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from attncache_vllm.config import Settings
+from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.step import Hit, Sequence, Step, sequences_of
+from attncache_vllm.errors import AttnCacheError, StoreTimeout
+from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.codec import decode_causal
+from attncache_vllm.reuse.feature import Projector, pool_tokens
+from attncache_vllm.reuse.match import Candidate, Match, choose
+from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.resident import ResidentSet
+from attncache_vllm.store.protocol import MapStore, Record
+
+logger = compat.get_logger(__name__)
+
+_STEP = "attncache"
+
+
+class Lookups:
+    """Batched lookups beside the forward pass: features, search, gate, and the maps themselves.
+
+    One thread: a lookup that outlives its step keeps loading maps for later ones, and while it
+    runs no other is queued behind it.
+    """
+
+    def __init__(
+        self,
+        store: MapStore,
+        projector: Projector,
+        plan: Plan,
+        settings: Settings,
+        heads: tuple[int, int],
+    ) -> None:
+        """``heads`` is (query heads, KV heads) of a layer."""
+        self._store = store
+        self._projector = projector
+        self._neighbours = settings.neighbours
+        self._widest_gate = max(
+            (layer.max_distance for layer in plan.layers if layer.source == "cached"), default=0.0
+        )
+        self._heads = heads
+        self.resident: ResidentSet[int, dict[int, RowBlocks]] = ResidentSet(settings.resident_bytes)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attncache-lookup")
+        self._running: Future[list[Hit | None]] | None = None
+
+    def start(
+        self, pooled: torch.Tensor, lengths: list[int], deadline: float
+    ) -> Future[list[Hit | None]] | None:
+        """Look up pooled feature inputs ``[B, slots, hidden]``; None while another one runs."""
+        if self._running is not None and not self._running.done():
+            return None
+        self._running = self._thread.submit(self._look_up, pooled, lengths, deadline)
+        return self._running
+
+    def _look_up(
+        self, pooled: torch.Tensor, lengths: list[int], deadline: float
+    ) -> list[Hit | None]:
+        started = time.monotonic()
+        try:
+            with torch.inference_mode():
+                features = self._projector(pooled).numpy()
+            return self._find(np.ascontiguousarray(features, dtype=np.float32), lengths, deadline)
+        except StoreTimeout:
+            metrics.STORE_FAULTS.labels("late").inc()
+            raise
+        except AttnCacheError as error:
+            metrics.STORE_FAULTS.labels("unavailable").inc()
+            compat.warn_once(logger, "map store unavailable, computing exactly: %s", str(error))
+            raise
+        except Exception:
+            # Not a fault of the store but of ours: say where, and let the step miss.
+            metrics.STORE_FAULTS.labels("internal").inc()
+            logger.exception("lookup failed, computing exactly")
+            raise
+        finally:
+            metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
+
+    def _find(self, features: np.ndarray, lengths: list[int], deadline: float) -> list[Hit | None]:
+        neighbours = self._store.lookup(
+            features, lengths, neighbours=self._neighbours, deadline=deadline
+        )
+        matches = [
+            choose(
+                [Candidate(n.entry_id, n.distance, n.length) for n in found],
+                length,
+                self._widest_gate,
+            )
+            for found, length in zip(neighbours, lengths, strict=True)
+        ]
+        maps = self._load(
+            sorted({match.entry_id for match in matches if match is not None}), deadline
+        )
+        return [self._hit(match, maps) for match in matches]
+
+    def _hit(self, match: Match | None, maps: dict[int, dict[int, RowBlocks]]) -> Hit | None:
+        if match is None or match.entry_id not in maps:
+            return None
+        return Hit(match, maps[match.entry_id])
+
+    def _load(self, entry_ids: list[int], deadline: float) -> dict[int, dict[int, RowBlocks]]:
+        found = {entry_id: self.resident.get(entry_id) for entry_id in entry_ids}
+        absent = [entry_id for entry_id, maps in found.items() if maps is None]
+        if absent:
+            records = self._store.load(absent, deadline=deadline)
+            for entry_id, record in zip(absent, records, strict=True):
+                if record is None:
+                    metrics.STORE_FAULTS.labels("damaged record").inc()
+                    continue
+                maps = self._decode(record)
+                found[entry_id] = maps
+                self.resident.put(entry_id, maps, sum(m.nbytes for m in maps.values()))
+        return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
+
+    def _decode(self, record: Record) -> dict[int, RowBlocks]:
+        num_heads, num_kv_heads = self._heads
+        return {
+            layer: decode_causal(_as_tensor(payload), num_heads, num_kv_heads, record.length)
+            for layer, payload in record.maps.items()
+        }
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._store.close()
+
+
+def _as_tensor(payload: np.ndarray) -> torch.Tensor:
+    # Read-only memory of the store; torch only warns about it because it cannot mark it.
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(payload)
+
+
+class Serving:
+    """Observes the feature layer, starts the lookup and hands each layer the current step."""
+
+    def __init__(
+        self, plan: Plan, lookups: Lookups, settings: Settings, slots: int, feature_layer_name: str
+    ) -> None:
+        self._plan = plan
+        self._lookups = lookups
+        self._settings = settings
+        self._slots = slots
+        self._feature_layer_name = feature_layer_name
+        self.outcomes = metrics.Outcomes(settings.log_interval_s)
+
+    def observe(self, hidden_states: torch.Tensor) -> None:
+        """Begin a step from the feature layer's input ``[T, hidden]``."""
+        attn_metadata = compat.layer_metadata(self._feature_layer_name)
+        source = compat.metadata_source(attn_metadata)
+        if source is None:
+            return  # profiling or warm-up
+        if (line := self.outcomes.log_line()) is not None:
+            logger.info("attncache: %s", line)
+        compat.forward_context().additional_kwargs[_STEP] = self._begin(source, hidden_states)
+
+    def current(self) -> Step | None:
+        """The step of the forward pass that is running; None while profiling or warming up."""
+        step: Step | None = compat.forward_context().additional_kwargs.get(_STEP)
+        return step
+
+    def _begin(self, source: compat.MetadataSource, hidden_states: torch.Tensor) -> Step:
+        whole, partial = sequences_of(source)
+        self.outcomes.bypass("part of a sequence", len(partial))
+        eligible = [seq for seq in whole if seq.length >= self._settings.min_tokens]
+        self.outcomes.bypass("shorter than min_tokens", len(whole) - len(eligible))
+        deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
+        lookup = self._start_lookup(eligible, hidden_states, deadline) if eligible else None
+        if lookup is None:
+            self.outcomes.miss("lookup still running", len(eligible))
+            eligible = []
+        return Step(self._plan, eligible, lookup, deadline, self.outcomes)
+
+    def _start_lookup(
+        self, sequences: list[Sequence], hidden_states: torch.Tensor, deadline: float
+    ) -> Future[list[Hit | None]] | None:
+        pooled = torch.stack(
+            [
+                pool_tokens(hidden_states[seq.start : seq.start + seq.length], self._slots)
+                for seq in sequences
+            ]
+        ).cpu()
+        return self._lookups.start(pooled, [seq.length for seq in sequences], deadline)

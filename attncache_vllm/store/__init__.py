@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where maps are kept: the `MapStore` protocol and its homes."""
+
+from attncache_vllm.store.local import LocalStore
+from attncache_vllm.store.protocol import (
+    MapStore,
+    Namespace,
+    Neighbour,
+    Record,
+    StoreStats,
+    VerifyReport,
+)
+
+__all__ = [
+    "LocalStore",
+    "MapStore",
+    "Namespace",
+    "Neighbour",
+    "Record",
+    "StoreStats",
+    "VerifyReport",
+]

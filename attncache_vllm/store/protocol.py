@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the engine and the calibration ask of a store, whatever its home."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Protocol
+
+import msgpack
+import numpy as np
+from numpy.typing import NDArray
+
+from attncache_vllm.store import checks
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """Everything that must agree before a stored map may stand in for a computed one.
+
+    ``model`` is for people and is not compared; the weights' hash decides. ``tensor_parallel`` is
+    ``"rank/size"``: a rank stores and reuses only the heads it owns.
+    """
+
+    model: str
+    weights: str
+    architecture: str
+    dtype: str
+    attention: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    rope: str
+    tensor_parallel: str
+
+    def to_dict(self) -> dict[str, str | int]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: object) -> "Namespace":
+        """The inverse of ``to_dict``; a missing, unknown or ill-typed field is a ``ValueError``."""
+        given = checks.fields(data, [field.name for field in fields(cls)], "a namespace")
+        for field in fields(cls):
+            if field.type is int:
+                checks.integer(given[field.name], 1, 1 << 20, f"namespace {field.name}")
+            else:
+                checks.text(given[field.name], f"namespace {field.name}", longest=4096)
+        return cls(**given)
+
+    def differences(self, server: "Namespace") -> list[str]:
+        """One line for each field in which this (the store's) namespace is not the server's."""
+        ours, theirs = self._compared(), server._compared()
+        return [
+            f"{name}: store has {value!r}, server has {theirs[name]!r}"
+            for name, value in ours.items()
+            if value != theirs[name]
+        ]
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the compared fields: equal exactly when there are no differences."""
+        return hashlib.sha256(msgpack.packb(list(self._compared().items()))).hexdigest()
+
+    def _compared(self) -> dict[str, str | int]:
+        return {name: value for name, value in self.to_dict().items() if name != "model"}
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """An entry near a query: its L2 distance (not squared) and its length in tokens."""
+
+    entry_id: int
+    distance: float
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The stored maps of one sequence.
+
+    Attributes:
+        token_hash: 32 bytes that identify the sequence, its tenant included.
+        length: tokens of the sequence; a causal map of this length serves every shorter query.
+        codec: name of the encoding of ``maps``, which a store neither knows nor needs to know.
+        pooled: float32 ``[slots, hidden]``, the pooled feature-layer input; kept as float16.
+        maps: layer number to its encoded map, uint8 ``[bytes]``. Loaded maps are read-only views
+            of the store's memory map: copy what must outlive a truncation of the file.
+    """
+
+    token_hash: bytes
+    length: int
+    codec: str
+    pooled: NDArray[np.float32]
+    maps: dict[int, NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class StoreStats:
+    """Counters since the store was opened, and its size now.
+
+    ``damaged`` counts entries and files found damaged or gone; ``lookups`` counts calls of
+    ``lookup``; ``late`` counts calls of ``lookup`` and ``load`` that missed their deadline.
+    """
+
+    entries: int
+    bytes: int
+    damaged: int
+    lookups: int
+    late: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What ``verify`` found: entries looked at, (entry id, reason) of bad ones, other problems."""
+
+    entries: int
+    damaged: list[tuple[int, str]]
+    problems: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return not self.damaged and not self.problems
+
+
+class MapStore(Protocol):
+    """A home for attention maps. Every method may raise ``StoreError``: the caller then computes.
+
+    A ``deadline`` is an instant of ``time.monotonic()``. A call that returns, returned in time;
+    a late one raises ``StoreTimeout``.
+    """
+
+    def lookup(
+        self,
+        features: NDArray[np.float32],
+        lengths: Sequence[int],
+        *,
+        neighbours: int,
+        deadline: float,
+    ) -> list[list[Neighbour]]:
+        """The nearest entries of each of B queries, nearest first.
+
+        Args:
+            features: float32 ``[B, F]``, one row per query.
+            lengths: B query lengths in tokens; an entry shorter than its query is no answer.
+            neighbours: how many entries a query wants at most.
+            deadline: instant after which the answer is of no use.
+        """
+
+    def load(self, entry_ids: Sequence[int], *, deadline: float) -> list[Record | None]:
+        """The records of ``entry_ids``, in that order; ``None`` for one damaged or gone."""
+
+    def put(self, record: Record) -> int:
+        """Keep ``record`` and return its entry id, or the id it has if it is kept already."""
+
+    def stats(self) -> StoreStats:
+        """What the store holds and has seen."""
+
+    def close(self) -> None:
+        """Give back files and locks. Records already loaded stay readable."""

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncache_vllm.reuse.resident import ResidentSet, ResidentStats
+
+
+def test_the_least_recently_used_item_goes_first() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    for value, key in enumerate("abc"):
+        resident.put(key, value, 10)
+    assert resident.get("a") == 0  # now "b" is the oldest
+    resident.put("d", 3, 10)
+    assert [resident.get(key) for key in "abcd"] == [0, None, 2, 3]
+    assert resident.stats() == ResidentStats(hits=4, misses=1, bytes=30, entries=3)
+
+
+def test_one_big_item_may_push_out_several() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    for value, key in enumerate("abc"):
+        resident.put(key, value, 10)
+    resident.put("big", 9, 25)
+    assert [resident.get(key) for key in ("a", "b", "c", "big")] == [None, None, None, 9]
+
+
+def test_an_item_bigger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    resident.put("a", 1, 10)
+    resident.put("huge", 2, 31)
+    assert resident.get("huge") is None
+    assert resident.get("a") == 1
+
+
+def test_replacing_an_item_counts_its_bytes_once_and_never_leaves_the_old_value() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    resident.put("a", 1, 10)
+    resident.put("a", 2, 20)
+    assert resident.get("a") == 2
+    assert resident.stats().bytes == 20
+    resident.put("a", 3, 31)
+    assert resident.get("a") is None
+    assert resident.stats().bytes == 0
+
+
+def test_a_bound_of_zero_keeps_nothing() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(0)
+    resident.put("a", 1, 1)
+    assert resident.get("a") is None
+
+
+@given(
+    bound=st.integers(0, 40),
+    puts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 45)), max_size=40),
+)
+def test_the_bound_holds_and_the_bytes_add_up(bound: int, puts: list[tuple[int, int]]) -> None:
+    resident: ResidentSet[int, int] = ResidentSet(bound)
+    for key, nbytes in puts:
+        resident.put(key, nbytes, nbytes)
+        held = [value for k in range(6) if (value := resident.get(k)) is not None]
+        stats = resident.stats()
+        assert stats.bytes == sum(held) <= bound
+        assert stats.entries == len(held)
+        assert resident.get(key) == (nbytes if nbytes <= bound else None)
+
+
+def test_threads_may_share_it() -> None:
+    resident: ResidentSet[int, int] = ResidentSet(50)
+
+    def work(seed: int) -> None:
+        for step in range(2000):
+            key = (seed * 7 + step) % 13
+            assert resident.get(key) in (None, key)
+            resident.put(key, key, key)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    stats = resident.stats()
+    assert stats.hits + stats.misses == 8000
+    assert stats.bytes == sum(k for k in range(13) if resident.get(k) is not None) <= 50
+
+
+def test_negative_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_bytes must be >= 0"):
+        ResidentSet(-1)
+    with pytest.raises(ValueError, match="nbytes must be >= 0"):
+        ResidentSet[str, int](10).put("a", 1, -1)
