@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,6 +45,12 @@ def user_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
+@app.callback()
+def keep_stdout_for_results() -> None:
+    # vLLM logs to stdout, in every process that it spawns, unless it is told otherwise.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
 @app.command()
 def build(
     model: Annotated[str, typer.Argument(help="Model folder or hub name, as for vLLM.")],
@@ -70,7 +77,7 @@ def build(
             help="Gate: largest predicted distance of two maps (0 equal, 1 disjoint) that still "
             "counts as a hit.",
         ),
-    ] = 0.1,
+    ] = 0.2,
     factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
     seed: Annotated[int, typer.Option(help="Seed of the projector's training.")] = 0,
     as_json: JsonOption = False,
@@ -252,8 +259,3 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
             yield prefix + key, _ranges(value)
         else:
             yield prefix + key, f"{value:.5g}" if isinstance(value, float) else str(value)
-
-
-def main() -> None:
-    run: Callable[[], None] = app
-    run()

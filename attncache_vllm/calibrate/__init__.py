@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline work: fitting the projector that predicts how alike two sequences' maps are."""
+"""Offline work: recording maps and fitting the projector that predicts how alike they are."""

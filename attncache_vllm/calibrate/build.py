@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -37,7 +38,7 @@ from attncache_vllm.calibrate.train import (
     map_distance,
     train_projector,
 )
-from attncache_vllm.errors import SettingsError
+from attncache_vllm.errors import AttnCacheError, SettingsError
 from attncache_vllm.reuse.codec import decode_causal
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.plan import Plan
@@ -45,6 +46,7 @@ from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import Manifest
 
 COMMIT_EVERY = 16
+KV_CACHE_BYTES = 2**30
 EPOCHS = 20
 # Every 16th row of a map stands for all of them when two maps are compared, so a text needs as
 # many tokens to be compared at all; shorter ones would be bypassed in service anyway.
@@ -64,7 +66,7 @@ class BuildOptions:
     max_entries: int = 1000
     max_bytes: int | None = None
     max_tokens: int = 512
-    max_distance: float = 0.1
+    max_distance: float = 0.2
     factory: str = "Flat"
     slots: int = 8
     seed: int = 0
@@ -78,7 +80,10 @@ def build(options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
     """
     num_layers = _num_layers(options.model)
     layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
-    plan = Plan.reusing(num_layers, layers, options.max_distance, options.feature_layer)
+    try:
+        plan = Plan.reusing(num_layers, layers, options.max_distance, options.feature_layer)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
     recorded = _record(options, plan.reused_layers, texts)
     report = _train_and_publish(options, plan)
     return {**recorded, "layers": list(layers), "num_layers": num_layers, **report}
@@ -114,7 +119,7 @@ def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
         "feature_layer": options.feature_layer,
         "slots": options.slots,
     }
-    return LLM(
+    arguments: dict[str, Any] = dict(
         model=options.model,
         runner="pooling",
         convert="embed",
@@ -125,11 +130,18 @@ def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
         max_num_seqs=1,
         max_model_len=options.max_tokens,
         max_num_batched_tokens=options.max_tokens,
+        # One sequence at a time needs little, and nothing of it is kept.
+        kv_cache_memory_bytes=KV_CACHE_BYTES,
         enforce_eager=True,
         attention_backend="attncache",
         worker_extension_cls="attncache_vllm.engine.record.RecorderExtension",
         additional_config={"attncache": {"store": str(options.store), "record": record}},
     )
+    try:
+        return LLM(**arguments)
+    except RuntimeError as error:
+        # Raised in another process, whose log has the cause; a traceback of this one has not.
+        raise AttnCacheError(f"vLLM could not start to record: {error}") from None
 
 
 def _record_texts(llm: Any, options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
@@ -240,4 +252,5 @@ def _progress() -> Progress:
         _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
+        console=Console(stderr=True),  # stdout is for the result
     )

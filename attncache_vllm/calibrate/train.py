@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attncache_vllm.calibrate.fidelity import spearman
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import Projector
 
@@ -23,7 +24,9 @@ MIN_ENTRIES = 8
 _BATCH_PAIRS = 512
 # Labels lie in [0, 1]; with smooth-L1's default knee of 1 it would be a plain squared error.
 _SMOOTH_L1_KNEE = 0.1
-_INITIAL_SCALE = 0.1
+# On 200 news articles a rate of 1e-3 fits the training pairs ten times closer and the held-out
+# pairs worse: a few hundred entries cannot say much about thousands of inputs.
+_LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -173,13 +176,9 @@ def train_projector(
         heldout_pairs, train_pairs = _pairs(heldout, max_pairs), _pairs(train, max_pairs)
         heldout_labels = _labels(heldout_pairs, distance)
         train_labels = _labels(train_pairs, distance)
-        projector = Projector(hidden_size=pooled.shape[2], slots=pooled.shape[1])
-        with torch.no_grad():
-            # A few hundred entries do not span the input, and where they do not, the initial
-            # weights stay. Left at their usual size, they decide the distances of new entries.
-            projector.inner.weight.mul_(_INITIAL_SCALE)
+        projector = _untrained(pooled, train, train_pairs, train_labels)
         steps = epochs * -(-len(train_pairs) // _BATCH_PAIRS)
-        optimiser = torch.optim.AdamW(projector.parameters(), lr=1e-3)
+        optimiser = torch.optim.AdamW(projector.parameters(), lr=_LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
         curve = []
         for epoch in range(1, epochs + 1):
@@ -200,13 +199,33 @@ def train_projector(
                 on_epoch(epoch, *curve[-1])
     report = TrainReport(
         *curve[-1],
-        rank_correlation=_spearman(predicted, heldout_labels),
+        rank_correlation=spearman(predicted, heldout_labels),
         pairs=len(train_pairs),
         epochs=epochs,
         seconds=time.monotonic() - started,
         curve=tuple(curve),
     )
     return projector.eval(), report
+
+
+def _untrained(pooled: Tensor, train: Tensor, pairs: Tensor, labels: Tensor) -> Projector:
+    """A projector that already predicts the right distance on average, for new entries as well.
+
+    Hidden states share a large common part, so the first layer starts by standardising its inputs
+    over the training entries. The second is scaled so that predictions and labels have one mean,
+    which leaves training the shape to learn and not the size: what it does about the size holds
+    only in the directions that the training entries span. On 200 news articles this takes the
+    held-out loss from 0.09 to 0.01. Folded into the weights, it costs nothing later.
+    """
+    projector = Projector(hidden_size=pooled.shape[2], slots=pooled.shape[1])
+    spread, mean = torch.std_mean(projector.normalised(pooled[train]), dim=0)
+    with torch.no_grad():
+        # The bound keeps inputs that hardly vary here from exploding where they do.
+        projector.inner.weight.div_(spread.clamp_min(0.1 * spread.mean()).clamp_min(1e-12))
+        projector.inner.bias.sub_(projector.inner.weight @ mean)
+        predicted = _distances(projector, pooled, pairs).mean()
+        projector.outer.weight.mul_(labels.mean() / predicted.clamp_min(1e-12))
+    return projector
 
 
 def _pairs(entries: Tensor, limit: int) -> Tensor:
@@ -234,15 +253,3 @@ def _distances(projector: Projector, pooled: Tensor, pairs: Tensor) -> Tensor:
     first, second = features.view(len(pairs), 2, -1).unbind(1)
     distances: Tensor = torch.linalg.vector_norm(first - second, dim=-1)
     return distances
-
-
-def _spearman(a: Tensor, b: Tensor) -> float:
-    ranks = torch.stack([_ranks(a), _ranks(b)])
-    return torch.corrcoef(ranks)[0, 1].nan_to_num(0.0).item()
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
-    ranks: Tensor = count.cumsum(0) - (count - 1) / 2
-    return ranks[place]

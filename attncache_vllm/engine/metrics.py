@@ -50,22 +50,24 @@ class Outcomes:
     _last_log: float = field(default_factory=time.monotonic)
 
     def hit(self, count: int) -> None:
-        self._count("hit", count)
+        if count:
+            self._count("hit", count)
 
     def miss(self, reason: str, count: int) -> None:
-        self._count("miss", count)
-        self.reasons[f"miss: {reason}"] += count
-        MISSES.labels(reason).inc(count)
+        if count:
+            self._count("miss", count)
+            self.reasons[f"miss: {reason}"] += count
+            MISSES.labels(reason).inc(count)
 
     def bypass(self, reason: str, count: int) -> None:
-        self._count("bypass", count)
-        self.reasons[f"bypass: {reason}"] += count
-        BYPASSES.labels(reason).inc(count)
+        if count:
+            self._count("bypass", count)
+            self.reasons[f"bypass: {reason}"] += count
+            BYPASSES.labels(reason).inc(count)
 
     def _count(self, outcome: str, count: int) -> None:
-        if count:
-            self.sequences[outcome] += count
-            SEQUENCES.labels(outcome).inc(count)
+        self.sequences[outcome] += count
+        SEQUENCES.labels(outcome).inc(count)
 
     def log_line(self) -> str | None:
         """The counters as text, at most once per interval and only when something happened."""

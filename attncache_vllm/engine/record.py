@@ -61,6 +61,9 @@ class Recorder:
     def keep(self, layer: int, encoded: torch.Tensor) -> None:
         self._maps[layer] = encoded
 
+    def kept(self, layer: int) -> torch.Tensor | None:
+        return self._maps.get(layer)
+
     def commit(self, token_hash: bytes) -> int:
         """Store the sequence recorded last under the hash of its token ids; returns entry id."""
         if self._pooled is None or set(self._maps) != set(self._settings.layers):
@@ -118,7 +121,7 @@ class RecordAttention:
     def _check_parity(self, hidden_states: torch.Tensor, exact: torch.Tensor) -> None:
         """Once per layer: the sequence's own map must give the module's own answer."""
         length = self._recorder.length
-        encoded = self._recorder._maps.get(self._index)
+        encoded = self._recorder.kept(self._index)
         if encoded is None:
             raise AttnCacheError(
                 f"layer {self._index} did not pass through the attention implementation that is "
@@ -128,7 +131,7 @@ class RecordAttention:
         heads = torch.empty(
             length, self._heads[0] * value.shape[2], dtype=value.dtype, device=value.device
         )
-        apply_map(decode_causal(encoded, *self._heads, length), value, heads)
+        apply_map(decode_causal(encoded, *self._heads, length).to(value.device), value, heads)
         own = self._o_proj(heads)[0]
         error = ((own - exact[:length]).float().norm() / exact[:length].float().norm()).item()
         self._recorder.parity[self._index] = error

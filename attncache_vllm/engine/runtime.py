@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -40,8 +42,9 @@ class Lookups:
         plan: Plan,
         settings: Settings,
         heads: tuple[int, int],
+        device: torch.device,
     ) -> None:
-        """``heads`` is (query heads, KV heads) of a layer."""
+        """``heads`` is (query heads, KV heads) of a layer; maps are kept on ``device``."""
         self._store = store
         self._projector = projector
         self._neighbours = settings.neighbours
@@ -49,8 +52,11 @@ class Lookups:
             (layer.max_distance for layer in plan.layers if layer.source == "cached"), default=0.0
         )
         self._heads = heads
+        self._device = device
         self.resident: ResidentSet[int, dict[int, RowBlocks]] = ResidentSet(settings.resident_bytes)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="attncache-lookup")
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
+        )
         self._running: Future[list[Hit | None]] | None = None
 
     def start(
@@ -122,15 +128,29 @@ class Lookups:
         return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
 
     def _decode(self, record: Record) -> dict[int, RowBlocks]:
-        num_heads, num_kv_heads = self._heads
-        return {
-            layer: decode_causal(_as_tensor(payload), num_heads, num_kv_heads, record.length)
+        maps = {
+            layer: decode_causal(_as_tensor(payload), *self._heads, record.length).to(self._device)
             for layer, payload in record.maps.items()
         }
+        if self._device.type == "cuda":
+            # The forward reads them on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
+        return maps
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
         self._store.close()
+
+
+def _leave_compute_core() -> None:
+    """Let the calling thread run on any core that the worker's parent may use.
+
+    vLLM pins a CPU worker's threads to cores, and a new thread inherits the pin: left there, the
+    lookup would run on the forward's own core, in turn with it instead of beside it.
+    """
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 def _as_tensor(payload: np.ndarray) -> torch.Tensor:

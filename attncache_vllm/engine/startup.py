@@ -156,7 +156,12 @@ def _hook_serving(
 
     attention = reusable[0].attention
     lookups = Lookups(
-        store, projector, plan, settings, (attention.num_heads, attention.num_kv_heads)
+        store,
+        projector,
+        plan,
+        settings,
+        heads=(attention.num_heads, attention.num_kv_heads),
+        device=reusable[0].module.qkv_proj.weight.device,
     )
     feature = _feature_module(modules, plan.feature_layer)
     serving = Serving(plan, lookups, settings, projector.slots, feature.name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.errors import StoreTimeout
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.match import Match
 from attncache_vllm.reuse.plan import Plan
@@ -126,7 +127,7 @@ class Step:
             self._outcomes.miss("late", len(self._sequences))
             return {}
         except Exception as error:  # a request never fails because of the cache
-            reason = "late" if isinstance(error, TimeoutError) else "store fault"
+            reason = "late" if isinstance(error, StoreTimeout) else "store fault"
             self._outcomes.miss(reason, len(self._sequences))
             return {}
         finally:

@@ -8,7 +8,7 @@ more in calls than they save.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -73,6 +73,12 @@ class RowBlocks:
     def nbytes(self) -> int:
         """Bytes held by the probabilities."""
         return sum(block.probs.nbytes for block in self.blocks)
+
+    def to(self, device: torch.device) -> RowBlocks:
+        """The same map on ``device``; itself where it is there already."""
+        return replace(
+            self, blocks=tuple(replace(b, probs=b.probs.to(device)) for b in self.blocks)
+        )
 
     def to_dense(self) -> Tensor:
         """The map as `[num_heads, length, length]` bfloat16 (a copy; for tests and reports)."""

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -112,6 +114,16 @@ def train(seed: int = 0, epochs: int = 15) -> tuple[Projector, TrainReport]:
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a busy machine, threads that spin for each other slow small steps a hundredfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_features_learn_to_rank_the_map_distances_of_unseen_entries() -> None:
     projector, report = train()
     assert report.rank_correlation > 0.7
@@ -122,6 +134,7 @@ def test_features_learn_to_rank_the_map_distances_of_unseen_entries() -> None:
     assert not projector.training
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_what_the_training_entries_do_not_span_does_not_decide_the_distances() -> None:
     pooled, digests = corpus(common=0, noise=1)
     _, report = train_projector(

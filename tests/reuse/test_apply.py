@@ -8,7 +8,7 @@ the result to bfloat16 adds u * V again. A wrong row, head or column is off by t
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -121,6 +121,7 @@ def test_shapes_that_do_not_fit_the_map_are_refused(
         apply_map(maps, torch.zeros(value_shape), torch.zeros(out_shape))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 10_000))
 def test_row_blocks_cover_every_row_once_in_aligned_pieces(length: int) -> None:
     bounds = block_bounds(length)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.reuse.codec import decode_causal, encode_causal, encoded_bytes
@@ -16,6 +16,7 @@ def random_map(num_heads: int, length: int) -> torch.Tensor:
     return torch.rand(num_heads, length, length, generator=generator).tril()
 
 
+@settings(deadline=None)
 @given(
     length=st.one_of(st.integers(1, 300), st.sampled_from([64, 127, 128, 255, 256, 257])),
     num_kv_heads=st.integers(1, 3),

@@ -2,12 +2,13 @@
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.reuse.feature import Projector, pool_tokens
 
 
+@settings(deadline=None)
 @given(length=st.integers(1, 70), slots=st.integers(1, 20))
 def test_pooling_is_adaptive_averaging_for_any_length(length: int, slots: int) -> None:
     hidden = torch.randn(length, 5, generator=torch.Generator().manual_seed(length))

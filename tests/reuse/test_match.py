@@ -2,7 +2,7 @@
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.reuse.match import Candidate, Match, choose
@@ -19,6 +19,7 @@ lengths = st.integers(1, 12)
 gates = st.sampled_from([0.0, 0.1, 0.3, 1.0])
 
 
+@settings(deadline=None)
 @given(candidates, lengths, gates)
 def test_a_match_is_a_candidate_that_passes_the_gate_and_is_long_enough(
     found: list[Candidate], length: int, gate: float
@@ -30,6 +31,7 @@ def test_a_match_is_a_candidate_that_passes_the_gate_and_is_long_enough(
         assert match.distance <= gate
 
 
+@settings(deadline=None)
 @given(candidates, lengths, gates)
 def test_no_eligible_candidate_is_nearer_and_none_is_missed(
     found: list[Candidate], length: int, gate: float
@@ -42,6 +44,7 @@ def test_no_eligible_candidate_is_nearer_and_none_is_missed(
         assert match.distance == min(c.distance for c in eligible)
 
 
+@settings(deadline=None)
 @given(candidates, lengths, gates, st.randoms(use_true_random=False))
 def test_the_order_of_candidates_does_not_matter(
     found: list[Candidate], length: int, gate: float, random: Random
@@ -50,6 +53,7 @@ def test_the_order_of_candidates_does_not_matter(
     assert choose(shuffled, length, gate) == choose(found, length, gate)
 
 
+@settings(deadline=None)
 @given(candidates, lengths)
 def test_a_wider_gate_never_loses_or_changes_a_match(found: list[Candidate], length: int) -> None:
     narrow = choose(found, length, 0.1)

@@ -3,7 +3,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.reuse.plan import LayerPlan, Plan
@@ -23,12 +23,14 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(draw(st.integers(0, last)), layers)
 
 
+@settings(deadline=None)
 @given(plans())
 def test_a_plan_survives_its_dict_and_json(plan: Plan) -> None:
     assert Plan.from_dict(plan.to_dict()) == plan
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
 
 
+@settings(deadline=None)
 @given(plans())
 def test_reused_layers_are_the_cached_ones(plan: Plan) -> None:
     assert [plan.layers[i].source for i in plan.reused_layers] == ["cached"] * len(

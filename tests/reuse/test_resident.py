@@ -2,7 +2,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.reuse.resident import ResidentSet, ResidentStats
@@ -51,6 +51,7 @@ def test_a_bound_of_zero_keeps_nothing() -> None:
     assert resident.get("a") is None
 
 
+@settings(deadline=None)
 @given(
     bound=st.integers(0, 40),
     puts=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 45)), max_size=40),

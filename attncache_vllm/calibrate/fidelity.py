@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much of the model's answers survives: figures that plain cosine would hide.
+
+Sentence embeddings of one model share a large common part, so the cosine of an exact and a
+damaged embedding stays high long after a text has stopped finding itself. Everything here is
+taken after subtracting the mean of the exact embeddings, or depends on ranks only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Exact against reused embeddings of the same texts.
+
+    Attributes:
+        centred_cosine: mean cosine of the two embeddings of a text, both less the mean of the
+            exact ones.
+        pairwise_spearman: Spearman's correlation of the similarities of all pairs of texts.
+        self_retrieval: share of texts whose reused embedding is nearest, among all exact ones, to
+            its own.
+    """
+
+    centred_cosine: float
+    pairwise_spearman: float
+    self_retrieval: float
+
+
+def compare(exact: Tensor, reused: Tensor) -> Fidelity:
+    """Compare embeddings ``[N, D]``, any float dtype, of the same N >= 3 texts.
+
+    Raises:
+        ValueError: the shapes differ or there are fewer than three texts.
+    """
+    if exact.shape != reused.shape or exact.ndim != 2 or len(exact) < 3:
+        raise ValueError(
+            "fidelity needs two tensors [N, D] with N >= 3, "
+            f"got {tuple(exact.shape)!r} and {tuple(reused.shape)!r}"
+        )
+    mean = exact.double().mean(0)
+    a, b = (F.normalize(x.double() - mean, dim=-1) for x in (exact, reused))
+    first, second = torch.triu_indices(len(a), len(a), offset=1)
+    own = (b @ a.T).argmax(1) == torch.arange(len(a))
+    return Fidelity(
+        centred_cosine=(a * b).sum(1).mean().item(),
+        pairwise_spearman=spearman((a @ a.T)[first, second], (b @ b.T)[first, second]),
+        self_retrieval=own.double().mean().item(),
+    )
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Spearman's rank correlation of two vectors; 0 when one of them is constant."""
+    return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].nan_to_num(0.0).item()
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, place, count = torch.unique(values, return_inverse=True, return_counts=True)
+    ranks: Tensor = count.cumsum(0) - (count - 1) / 2
+    return ranks[place]

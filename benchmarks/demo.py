@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make demo``: a real model behind two real servers, stock and with reuse, on real texts.
+
+A store is built from one part of a news corpus. Then other articles and near-duplicates of stored
+ones are embedded by both servers, request by request in turn, because a machine's speed drifts.
+Whatever comes out is printed and written to ``build/demo/report.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from openai import OpenAI
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from attncache_vllm.calibrate.fidelity import compare
+from attncache_vllm.store.manifest import Manifest
+from benchmarks.assets import ensure
+from benchmarks.corpus import near_duplicates, news
+from benchmarks.server import MODEL_NAME, serve
+
+MAX_TOKENS = 256
+NEAR_DUPLICATE_SHARES = (0.02, 0.05, 0.10, 0.20)  # of the words, replaced at random
+console = Console()
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text answered by both servers."""
+
+    text: str
+    outcome: str  # hit, miss or bypass, as the server counted it
+    exact_ms: float
+    reuse_ms: float
+    exact: list[float]
+    reuse: list[float]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--entries", type=int, default=100, help="texts in the store")
+    parser.add_argument("--requests", type=int, default=80, help="half of them near-duplicates")
+    parser.add_argument("--out", type=Path, default=Path("build/demo"))
+    options = parser.parse_args()
+    # Ended politely or not, the context managers below end the servers.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        run(options.entries, options.requests, options.out)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def run(entries: int, requests: int, folder: Path) -> None:
+    started = time.monotonic()
+    model = ensure("smollm2")
+    # Articles that fill MAX_TOKENS: both sides cut there, as services cut or chunk documents.
+    articles = [" ".join(text.split()[:MAX_TOKENS]) for text in news(entries + requests, 2000)]
+    stored, unseen = articles[:entries], articles[entries : entries + requests // 2]
+    per_share = -(-(requests - len(unseen)) // len(NEAR_DUPLICATE_SHARES))
+    edited = [
+        text
+        for number, share in enumerate(NEAR_DUPLICATE_SHARES)
+        for text in near_duplicates(stored[number * per_share :][:per_share], share, seed=number)
+    ]
+    texts = [text for pair in zip(unseen, edited, strict=False) for text in pair]
+    store = build_store(model, stored, folder)
+    answered, bypasses = ask_both(model, store, texts, folder)
+    report = summarise(model, store, answered, bypasses)
+    report["seconds"] = round(time.monotonic() - started, 1)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    show(report)
+    console.print(f"written to {folder / 'report.json'}")
+
+
+def build_store(model: Path, texts: list[str], folder: Path) -> Path:
+    """Record the maps of ``texts`` with the command a user would call."""
+    store, corpus = folder / "store", folder / "corpus.jsonl"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = [
+        *(sys.executable, "-m", "attncache_vllm", "build", str(model)),
+        *("--corpus", str(corpus), "--store", str(store), "--max-tokens", str(MAX_TOKENS)),
+    ]
+    console.print(f"[bold]attncache build[/] {model.name}, {len(texts)} texts")
+    with (folder / "build.log").open("w") as log:
+        subprocess.run(command, check=True, stderr=log)
+    return store
+
+
+def ask_both(
+    model: Path, store: Path, texts: list[str], folder: Path
+) -> tuple[list[Request], dict[str, int]]:
+    """Every text answered by both servers, and the bypasses among them by reason."""
+    common = ["--max-model-len", str(MAX_TOKENS)]
+    selected = ["--attention-backend", "attncache", "--additional-config"]
+    selected.append(json.dumps({"attncache": {"store": str(store)}}))
+    console.print("[bold]vllm serve[/] twice: --attention-backend attncache, and stock")
+    with (
+        serve(model, [*common, *selected], folder / "attncache.log") as reuse,
+        serve(model, common, folder / "stock.log") as stock,
+    ):
+        clients = {server.url: server.client() for server in (stock, reuse)}
+        for warm in ("warm up", "the quick brown fox jumps over the lazy dog " * 20):
+            for client in clients.values():
+                ask(client, warm)
+        warm_bypasses = reuse.counters("attncache_bypasses", "reason")
+        answers = []
+        for number, text in enumerate(track(texts, "embedding", console=console)):
+            before = reuse.counters("attncache_sequences", "outcome")
+            # In turn, and each server first every other time.
+            order = (stock, reuse) if number % 2 else (reuse, stock)
+            timed = {server.url: ask(clients[server.url], text) for server in order}
+            after = reuse.counters("attncache_sequences", "outcome")
+            (outcome,) = {key for key in after if after[key] != before.get(key, 0.0)}
+            (exact_ms, exact), (reuse_ms, reused) = timed[stock.url], timed[reuse.url]
+            answers.append(Request(text, outcome, exact_ms, reuse_ms, exact, reused))
+        bypasses = {
+            reason: int(count - warm_bypasses.get(reason, 0.0))
+            for reason, count in reuse.counters("attncache_bypasses", "reason").items()
+        }
+    return answers, {reason: count for reason, count in bypasses.items() if count}
+
+
+def ask(client: OpenAI, text: str) -> tuple[float, list[float]]:
+    """Embed one text; milliseconds at the client, and the embedding."""
+    started = time.perf_counter()
+    answer = client.embeddings.create(
+        model=MODEL_NAME,
+        input=text,
+        encoding_format="float",
+        extra_body={"truncate_prompt_tokens": MAX_TOKENS},
+    )
+    return (time.perf_counter() - started) * 1e3, answer.data[0].embedding
+
+
+def summarise(
+    model: Path, store: Path, answered: list[Request], bypasses: dict[str, int]
+) -> dict[str, Any]:
+    manifest = Manifest.read(store)
+    assert manifest.published is not None
+    layers = manifest.published.plan["layers"]
+    hits = [request for request in answered if request.outcome == "hit"]
+    return {
+        "model": model.name,
+        "store_entries": len(manifest.entries),
+        "store_bytes": sum(entry.size for entry in manifest.entries),
+        "requests": len(answered),
+        "hits": len(hits),
+        "misses": sum(request.outcome == "miss" for request in answered),
+        "bypasses": bypasses,
+        "layers_reused": sum(layer["source"] == "cached" for layer in layers),
+        "layers_total": len(layers),
+        "max_distance": max(layer["max_distance"] for layer in layers),
+        **_times(answered),
+        **_fidelity(answered),
+        "on_hits": {**_times(hits), **_fidelity(hits)} if len(hits) >= 3 else {},
+    }
+
+
+def _times(answered: list[Request]) -> dict[str, float]:
+    ratios = [request.exact_ms / request.reuse_ms for request in answered]
+    return {
+        "ms_exact_p50": round(statistics.median(r.exact_ms for r in answered), 2),
+        "ms_reuse_p50": round(statistics.median(r.reuse_ms for r in answered), 2),
+        "speedup_p50": round(statistics.median(ratios), 3),
+    }
+
+
+def _fidelity(answered: list[Request]) -> dict[str, float]:
+    exact = torch.tensor([request.exact for request in answered])
+    reused = torch.tensor([request.reuse for request in answered])
+    return {key: round(value, 5) for key, value in asdict(compare(exact, reused)).items()}
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table(title="attncache demo", show_header=False)
+    for key, value in report.items():
+        if isinstance(value, dict):
+            for inner, figure in value.items():
+                table.add_row(f"{key}: {inner}", str(figure))
+        else:
+            table.add_row(key, str(value))
+    console.print(table)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real ``vllm serve`` as a context manager: started, awaited, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+MODEL_NAME = "served"
+
+
+class ServerError(RuntimeError):
+    """The server did not come up; the message ends with its log."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    log: Path
+
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+    def counters(self, name: str, label: str) -> dict[str, float]:
+        """A Prometheus counter's values by one of its labels."""
+        text = httpx.get(f"{self.url}/metrics", timeout=30).text
+        return {
+            sample.labels[label]: sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == f"{name}_total" and label in sample.labels
+        }
+
+
+@contextmanager
+def serve(
+    model: Path, arguments: list[str], log: Path, *, timeout: float = 300.0
+) -> Iterator[Server]:
+    """Start ``vllm serve`` for mean-pooled embeddings, yield when healthy, end its whole group.
+
+    Raises:
+        ServerError: it exited, or was not healthy within ``timeout`` seconds.
+    """
+    port = _free_port()
+    command = [
+        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        *("--runner", "pooling", "--convert", "embed"),
+        *("--pooler-config", json.dumps({"seq_pooling_type": "MEAN"})),
+        *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
+        *arguments,
+    ]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as metrics, log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=_environment(metrics),
+            # A group of its own: vLLM's engine and workers are ended with it, whatever happens.
+            start_new_session=True,
+        )
+        try:
+            server = Server(f"http://127.0.0.1:{port}", log)
+            _await_health(server, process, timeout)
+            yield server
+        finally:
+            _end(process)
+
+
+def _environment(metrics: str) -> Mapping[str, str]:
+    defaults = {
+        # GiB of KV cache; prefill-only serving needs little.
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    # Counters live in the worker; this folder carries them to the process that answers /metrics.
+    return {**defaults, **os.environ, "PROMETHEUS_MULTIPROC_DIR": metrics}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _await_health(server: Server, process: subprocess.Popen[Any], timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServerError(f"vllm serve exited with {process.returncode}:\n{_tail(server.log)}")
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise ServerError(f"vllm serve was not healthy after {timeout:.0f} s:\n{_tail(server.log)}")
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    with suppress(ProcessLookupError):
+        process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=15)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
