@@ -18,8 +18,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.errors import AttnCacheError, StoreDamaged, StoreError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,8 +29,12 @@ app = typer.Typer(
     help="Reuse of attention maps for prefill-only serving with vLLM.",
     pretty_exceptions_enable=False,
 )
-out = Console()
+# Paths and messages may hold what rich would take for its markup; colours are given as Text.
+out = Console(markup=False, emoji=False)
 err = Console(stderr=True)
+
+# Below it the order of feature distances says next to nothing about the order of map distances.
+WEAK_CORRELATION = 0.1
 
 StoreArgument = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -41,7 +46,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except AttnCacheError as error:
-        err.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        err.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         raise typer.Exit(2) from None
 
 
@@ -125,6 +130,11 @@ def build(
     table.add_row("held-out loss", f"{training['heldout_loss']:.5f}")
     table.add_row("rank correlation", f"{training['rank_correlation']:.3f} (held out)")
     out.print(table)
+    if training["rank_correlation"] < WEAK_CORRELATION:
+        err.print(
+            "warning: on held-out texts the feature hardly tells near maps from far ones; record "
+            "more texts, or texts more like those to be served"
+        )
 
 
 @app.command()
@@ -139,7 +149,10 @@ def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
 
         manifest = Manifest.read(store)
         published = manifest.published
-        plan = None if published is None else Plan.from_dict(published.plan)
+        try:
+            plan = None if published is None else Plan.from_dict(published.plan)
+        except ValueError as error:
+            raise StoreError(f"{store} has a plan this release cannot read: {error}") from None
     lengths = sorted(entry.length for entry in manifest.entries)
     summary: dict[str, Any] = {
         "namespace": {**manifest.namespace.to_dict(), "digest": manifest.namespace.digest()},
@@ -178,20 +191,23 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
     Example: `attncache verify ./maps && echo sound`
     """
     with user_errors():
-        from attncache_vllm.store.local import LocalStore
+        from attncache_vllm.store import LocalStore, VerifyReport
 
-        with LocalStore.open(store) as opened:
-            report = opened.verify()
+        try:
+            with LocalStore.open(store) as opened:
+                report = opened.verify()
+        except StoreDamaged as error:
+            report = VerifyReport(entries=0, damaged=[], problems=[str(error)])
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     else:
         for entry_id, reason in report.damaged:
-            out.print(f"entry {entry_id}: {reason}", highlight=False)
+            out.print(f"entry {entry_id}: {reason}", highlight=False, soft_wrap=True)
         for problem in report.problems:
-            out.print(problem, highlight=False)
-        verdict = "[red]damaged[/]" if report.damaged or report.problems else "[green]sound[/]"
-        out.print(f"{report.entries} entries read: {verdict}")
-    if report.damaged or report.problems:
+            out.print(problem, highlight=False, soft_wrap=True)
+        verdict = ("sound", "green") if report.ok else ("damaged", "red")
+        out.print(Text.assemble(f"{report.entries} entries read: ", verdict))
+    if not report.ok:
         raise typer.Exit(1)
 
 
@@ -200,6 +216,9 @@ def doctor(
     store: Annotated[Path | None, typer.Option(help="Store to check.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Model to check the store and vLLM's settings with.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="Pooling the server is started with: MEAN, CLS or LAST.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -212,11 +231,15 @@ def doctor(
     from attncache_vllm.doctor import examine
 
     with user_errors():
-        checks = examine(store, model)
+        checks = examine(store, model, pooling)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
-        mark = {"ok": "[green]ok[/]", "info": "[cyan]--[/]", "problem": "[red]!![/]"}
+        mark = {
+            "ok": Text("ok", "green"),
+            "info": Text("--", "cyan"),
+            "problem": Text("!!", "red"),
+        }
         table = Table(show_header=False, box=None)
         for check in checks:
             table.add_row(mark[check.state], check.what, check.finding)
@@ -234,9 +257,9 @@ def parse_layers(text: str) -> tuple[int, ...]:
             raise AttnCacheError(
                 f"layers must be numbers and ranges like 4,8-11 (the first is 0), got {text!r}"
             )
+        if int(last or first) < int(first):
+            raise AttnCacheError(f"a range of layers must ascend, got {text!r}")
         layers.update(range(int(first), int(last or first) + 1))
-    if not layers:
-        raise AttnCacheError(f"a range of layers must ascend, got {text!r}")
     return tuple(sorted(layers))
 
 

@@ -22,7 +22,7 @@ MIB = 1024 * 1024
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class RecordSettings(_Frozen):
@@ -46,10 +46,8 @@ class Settings(_Frozen):
         None,
         ge=0.0,
         description="Largest feature distance that still counts as a hit, in place of the gate "
-        "that was stored with the maps. 0 admits only sequences with the very same feature.",
-    )
-    neighbours: int = Field(
-        8, ge=1, le=1024, description="Entries compared per sequence before the gate."
+        "that was stored with the maps. Features of one text computed in different batches differ "
+        "by rounding, so 0 may refuse even the text itself.",
     )
     min_tokens: int = Field(
         16, ge=1, description="Shorter sequences are computed exactly (counted as a bypass)."
@@ -116,19 +114,21 @@ def _read_yaml(path: Path) -> Any:
             f"the settings file must be readable: {error.strerror}, got {str(path)!r}. Relative "
             "paths are taken from the folder the server was started in."
         ) from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"the settings file {str(path)!r} must be UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise SettingsError(f"the settings file {str(path)!r} is not valid YAML: {error}") from None
 
 
 def _explain(error: ValidationError, origin: str) -> str:
-    known = ", ".join(Settings.model_fields)
     lines = []
     for item in error.errors():
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
+            known = ", ".join((RecordSettings if len(item["loc"]) > 1 else Settings).model_fields)
             lines.append(f"unknown setting {key!r}, got {item['input']!r}; known: {known}")
         elif item["type"] == "missing":
-            lines.append(f"setting {key!r} is required")
+            lines.append(f"setting {key!r} is required, got {item['input']!r}; add it")
         else:
             rule = item["msg"][0].lower() + item["msg"][1:]
             lines.append(f"setting {key!r}: {rule}, got {item['input']!r}")

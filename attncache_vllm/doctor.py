@@ -26,13 +26,16 @@ class Check:
     finding: str
 
 
-def examine(store: Path | None, model: str | None) -> list[Check]:
-    """Examine the installation, then the store and the model when they are given."""
+def examine(store: Path | None, model: str | None, pooling: str | None = None) -> list[Check]:
+    """Examine the installation, then the store and the model when they are given.
+
+    ``pooling`` is vLLM's ``seq_pooling_type``, None for the model's own.
+    """
     checks = [*_versions(), _machine(), _plugin()]
     if store is not None:
         checks += _store(store)
     if model is not None:
-        checks += _engine(store, model)
+        checks += _engine(store, model, pooling)
     return checks
 
 
@@ -94,13 +97,17 @@ def _store(path: Path) -> Iterator[Check]:
     yield Check("not reused: layers", "info", f"all but {list(plan.reused_layers)} are exact")
     yield Check("not reused: length", "info", f"requests over {longest} tokens, the longest entry")
     yield Check("not reused: length", "info", "requests under `min_tokens` (default 16) tokens")
-    gate = max(plan.layers[layer].max_distance for layer in plan.reused_layers)
-    yield Check("not reused: distance", "info", f"nearest entry farther than the gate, {gate}")
+    if plan.reused_layers:
+        gate = max(plan.layers[layer].max_distance for layer in plan.reused_layers)
+        yield Check("not reused: distance", "info", f"nearest entry farther than the gate, {gate}")
+    else:
+        yield Check("plan", "problem", "no layer reuses maps; build the store again")
     yield Check("feature", "info", f"input of layer {plan.feature_layer}, {build}")
 
 
-def _engine(store: Path | None, model: str) -> Iterator[Check]:
+def _engine(store: Path | None, model: str, pooling: str | None) -> Iterator[Check]:
     """What vLLM's resolved configuration for this model would mean."""
+    from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import EngineArgs
 
     from attncache_vllm.engine.startup import why_engine_bypassed
@@ -111,8 +118,11 @@ def _engine(store: Path | None, model: str) -> Iterator[Check]:
             "attention_backend": "attncache",
             "additional_config": {"attncache": {"store": str(store)}},
         }
+    if pooling is not None:
+        selected["pooler_config"] = PoolerConfig(seq_pooling_type=pooling.upper())
+    arguments = EngineArgs(model=model, runner="pooling", convert="embed", **selected)
     try:
-        config = EngineArgs(model=model, runner="pooling", **selected).create_engine_config()
+        config = arguments.create_engine_config()
     except Exception as error:  # vLLM's own errors are of many kinds, and all are findings
         yield Check("model", "problem", str(error).strip())
         return

@@ -13,7 +13,6 @@ import json
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ from attncache_vllm.calibrate.fidelity import compare
 from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import near_duplicates, news
-from benchmarks.server import MODEL_NAME, serve
+from benchmarks.server import MODEL_NAME, group, serve
 
 MAX_TOKENS = 256
 NEAR_DUPLICATE_SHARES = (0.02, 0.05, 0.10, 0.20)  # of the words, replaced at random
@@ -98,8 +97,9 @@ def build_store(model: Path, texts: list[str], folder: Path) -> Path:
         *("--corpus", str(corpus), "--store", str(store), "--max-tokens", str(MAX_TOKENS)),
     ]
     console.print(f"[bold]attncache build[/] {model.name}, {len(texts)} texts")
-    with (folder / "build.log").open("w") as log:
-        subprocess.run(command, check=True, stderr=log)
+    with (folder / "build.log").open("w") as log, group(command, stderr=log) as process:
+        if process.wait() != 0:
+            raise SystemExit(f"attncache build failed; see {log.name}")
     return store
 
 

@@ -67,21 +67,25 @@ def serve(
         *arguments,
     ]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as metrics, log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=_environment(metrics),
-            # A group of its own: vLLM's engine and workers are ended with it, whatever happens.
-            start_new_session=True,
-        )
-        try:
-            server = Server(f"http://127.0.0.1:{port}", log)
-            _await_health(server, process, timeout)
-            yield server
-        finally:
-            _end(process)
+    with (
+        tempfile.TemporaryDirectory() as metrics,
+        log.open("w") as output,
+        group(command, stdout=output, stderr=output, env=_environment(metrics)) as process,
+    ):
+        server = Server(f"http://127.0.0.1:{port}", log)
+        _await_health(server, process, timeout)
+        yield server
+
+
+@contextmanager
+def group(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a group of its own, ended with all its children, whatever happens: vLLM's
+    engines and workers do not always outlive their parent politely."""
+    process = subprocess.Popen(command, start_new_session=True, **options)
+    try:
+        yield process
+    finally:
+        _end(process)
 
 
 def _environment(metrics: str) -> Mapping[str, str]:

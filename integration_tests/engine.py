@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from integration_tests.processes import LIVE_LOGS, START_SECONDS, STOP_SECONDS, kill_group, tail
+from integration_tests.processes import LIVE_LOGS, START_SECONDS, STOP_SECONDS, end_group, tail
 
 TokenIds = tuple[int, ...]
 Prompt = str | TokenIds
@@ -74,7 +74,7 @@ class Engine:
             self._connection.send(None)
         self._process.join(STOP_SECONDS)
         assert self._process.pid is not None
-        kill_group(self._process.pid)
+        end_group(self._process.pid)
         self._process.join()
         self._connection.close()
         LIVE_LOGS.pop(self._log.stem, None)
@@ -148,7 +148,8 @@ class _Host:
         return self._llm.collective_rpc(method)[0]
 
     def close(self) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
+        # Without the seconds that vLLM gives its workers to end: nothing is under way.
+        self._llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
 def _vllm_prompt(prompt: Prompt) -> Any:

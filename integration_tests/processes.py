@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 START_SECONDS = 300.0
 EXIT_SECONDS = 120.0
 STOP_SECONDS = 20.0
+GRACE_SECONDS = 3.0
 
 LIVE_LOGS: dict[str, Path] = {}
 """Logs of the processes that run now, by title; a failing test shows their ends."""
@@ -25,10 +28,30 @@ def tail(log: Path, lines: int = 60) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def kill_group(leader: int) -> None:
-    """Kill what is left of the process group of ``leader``, which has been waited for."""
+def end_group(leader: int, grace: float = GRACE_SECONDS) -> None:
+    """Kill what is left of the process group of ``leader``, and remove its shared memory.
+
+    Within ``grace`` seconds the group may end by itself: Python's resource tracker belongs to it.
+    """
+    shared = _shared_memory(leader)
+    deadline = time.monotonic() + grace
     with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(leader, 0)
+            time.sleep(0.05)
         os.killpg(leader, signal.SIGKILL)
+    for path in shared:
+        path.unlink(missing_ok=True)
+
+
+def _shared_memory(group: int) -> set[Path]:
+    """Files of shared memory that processes of a group have mapped."""
+    found: set[Path] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process has ended
+            if os.getpgid(int(maps.parent.name)) == group:
+                found |= {Path(name) for name in re.findall(r"/dev/shm/\S+", maps.read_text())}
+    return found
 
 
 @contextmanager
@@ -66,7 +89,7 @@ def started(
             process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_SECONDS)
-        kill_group(process.pid)
+        end_group(process.pid)
         process.wait()
 
 

@@ -105,22 +105,22 @@ def test_doctor_exits_1_without_the_store(tmp_path: Path, attncache: Command) ->
     assert {"what": "store", "state": "problem"}.items() <= json.loads(ended.stdout)[-1].items()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("build {model} --corpus {tmp}/none.jsonl --store {tmp}/s", "none.jsonl"),
-        ("build {model} --corpus {tmp}/texts.csv --store {tmp}/s", "texts.csv"),
-        ("build {model} --corpus {corpus} --store {tmp}/s --layers 9-3", "9-3"),
-        ("build {model} --corpus {corpus} --store {tmp}/s --layers 29-30", "[30]"),
-        ("build {tmp}/none --corpus {corpus} --store {tmp}/s", "none"),
-        ("inspect {tmp}/none", "none"),
-        ("verify {tmp}/none", "none"),
-    ],
-)
+MISTAKES = {
+    "missing corpus": ("build {model} --corpus {tmp}/none.jsonl --store {tmp}/s", "none.jsonl"),
+    "other corpus format": ("build {model} --corpus {tmp}/x.csv --store {tmp}/s", "x.csv"),
+    "malformed layers": ("build {model} --corpus {corpus} --store {tmp}/s --layers 9-3", "9-3"),
+    "unknown layer": ("build {model} --corpus {corpus} --store {tmp}/s --layers 29-30", "[30]"),
+    "missing model": ("build {tmp}/none --corpus {corpus} --store {tmp}/s", "none"),
+    "no store to inspect": ("inspect {tmp}/none", "none"),
+    "no store to verify": ("verify {tmp}/none", "none"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES.values(), ids=MISTAKES)
 def test_mistake_of_the_user_is_one_message_and_exit_code_2(
     arguments: str, said: str, model: Path, corpus_file: Path, tmp_path: Path, attncache: Command
 ) -> None:
-    (tmp_path / "texts.csv").touch()
+    (tmp_path / "x.csv").touch()
     words = arguments.format(model=model, corpus=corpus_file, tmp=tmp_path).split()
     ended = attncache(*words)
     assert ended.code == 2, ended.log

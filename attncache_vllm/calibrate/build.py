@@ -8,8 +8,9 @@ the store are skipped.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,15 +73,15 @@ class BuildOptions:
     seed: int = 0
 
 
-def build(options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
+def build(options: BuildOptions, texts: Sequence[str]) -> dict[str, Any]:
     """Build or extend the store; returns figures for the user.
 
     Raises:
         SettingsError, StoreError: with rule, value and remedy.
     """
     num_layers = _num_layers(options.model)
-    layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
     try:
+        layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
         plan = Plan.reusing(num_layers, layers, options.max_distance, options.feature_layer)
     except ValueError as error:
         raise SettingsError(str(error)) from None
@@ -102,13 +103,27 @@ def _num_layers(model: str) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def _record(options: BuildOptions, layers: tuple[int, ...], texts: Iterable[str]) -> dict[str, Any]:
+def _record(options: BuildOptions, layers: tuple[int, ...], texts: Sequence[str]) -> dict[str, Any]:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
     llm = _recording_engine(options, layers)
     try:
-        return _record_texts(llm, options, texts)
-    finally:
+        report = _record_texts(llm, options, texts)
         llm.collective_rpc("attncache_close")
-        llm.llm_engine.engine_core.shutdown()
+        return report
+    except EngineDeadError:
+        raise AttnCacheError(
+            "the engine stopped while recording; its log above says why. What was committed stays: "
+            "call again to continue"
+        ) from None
+    except BaseException:
+        # Interrupted: keep what was recorded since the last flush, if that is still possible.
+        with contextlib.suppress(Exception):
+            llm.collective_rpc("attncache_flush", timeout=10)
+        raise
+    finally:
+        # The store is closed: nothing is worth the seconds that vLLM gives its workers to end.
+        llm.llm_engine.engine_core.shutdown(timeout=0)
 
 
 def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
@@ -144,14 +159,15 @@ def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
         raise AttnCacheError(f"vLLM could not start to record: {error}") from None
 
 
-def _record_texts(llm: Any, options: BuildOptions, texts: Iterable[str]) -> dict[str, Any]:
+def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[str]) -> dict[str, Any]:
     tokenizer = llm.get_tokenizer()
     stats = llm.collective_rpc("attncache_stats")[0]
     known = {entry.token_hash for entry in Manifest.read(options.store).entries}
     skipped = recorded = 0
+    total = min(options.max_entries, len(known) + len(texts))
     started = time.monotonic()
     with _progress() as progress:
-        task = progress.add_task("recording", total=options.max_entries, completed=len(known))
+        task = progress.add_task("recording", total=total, completed=len(known))
         for text in texts:
             if stats["entries"] >= options.max_entries:
                 break

@@ -226,6 +226,14 @@ def metadata_source(attn_metadata: Any) -> MetadataSource | None:
     return getattr(attn_metadata, _SOURCE, None)
 
 
+def leave_bypass_counter(
+    vllm_config: VllmConfig, counter: Callable[[MetadataSource], None]
+) -> None:
+    """Have ``counter`` called with every batch of an engine none of whose layers has reuse."""
+    for layer in list(vllm_config.compilation_config.static_forward_context.values())[:1]:
+        layer.attncache_bypass = counter
+
+
 def bypass_counter(
     vllm_config: VllmConfig, layer_names: list[str]
 ) -> Callable[[MetadataSource], None] | None:

@@ -8,6 +8,7 @@ still reports them.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter as Tally
 from dataclasses import dataclass, field
@@ -69,10 +70,15 @@ class Outcomes:
         self.sequences[outcome] += count
         SEQUENCES.labels(outcome).inc(count)
 
+    def log(self, logger: logging.Logger) -> None:
+        """Log the counters, at most once per interval."""
+        if (line := self.log_line()) is not None:
+            logger.info("attncache: %s", line)
+
     def log_line(self) -> str | None:
         """The counters as text, at most once per interval and only when something happened."""
         now = time.monotonic()
-        if now - self._last_log < self.log_interval_s:
+        if now - self._last_log < self.log_interval_s or not self.sequences:
             return None
         self._last_log = now
         parts = [f"{self.sequences[outcome]} {outcome}" for outcome in ("hit", "miss", "bypass")]

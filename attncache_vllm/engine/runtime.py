@@ -16,7 +16,7 @@ from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.step import Hit, Sequence, Step, sequences_of
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
 from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import decode_causal
+from attncache_vllm.reuse.codec import CODEC, decode_causal
 from attncache_vllm.reuse.feature import Projector, pool_tokens
 from attncache_vllm.reuse.match import Candidate, Match, choose
 from attncache_vllm.reuse.plan import Plan
@@ -26,13 +26,15 @@ from attncache_vllm.store.protocol import MapStore, Record
 logger = compat.get_logger(__name__)
 
 _STEP = "attncache"
+# Of exact neighbours the first would do; a compressed index ranks them a little wrong.
+NEIGHBOURS = 8
 
 
 class Lookups:
     """Batched lookups beside the forward pass: features, search, gate, and the maps themselves.
 
-    One thread: a lookup that outlives its step keeps loading maps for later ones, and while it
-    runs no other is queued behind it.
+    One thread: while a lookup that outlived its step still runs, no other is queued behind it, so
+    a slow store costs one step its deadline and not every step.
     """
 
     def __init__(
@@ -47,7 +49,6 @@ class Lookups:
         """``heads`` is (query heads, KV heads) of a layer; maps are kept on ``device``."""
         self._store = store
         self._projector = projector
-        self._neighbours = settings.neighbours
         self._widest_gate = max(
             (layer.max_distance for layer in plan.layers if layer.source == "cached"), default=0.0
         )
@@ -92,9 +93,7 @@ class Lookups:
             metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
 
     def _find(self, features: np.ndarray, lengths: list[int], deadline: float) -> list[Hit | None]:
-        neighbours = self._store.lookup(
-            features, lengths, neighbours=self._neighbours, deadline=deadline
-        )
+        neighbours = self._store.lookup(features, lengths, neighbours=NEIGHBOURS, deadline=deadline)
         matches = [
             choose(
                 [Candidate(n.entry_id, n.distance, n.length) for n in found],
@@ -119,27 +118,31 @@ class Lookups:
         if absent:
             records = self._store.load(absent, deadline=deadline)
             for entry_id, record in zip(absent, records, strict=True):
-                if record is None:
+                maps = self._decode(record) if record is not None else None
+                if maps is None:
                     metrics.STORE_FAULTS.labels("damaged record").inc()
                     continue
-                maps = self._decode(record)
                 found[entry_id] = maps
                 self.resident.put(entry_id, maps, sum(m.nbytes for m in maps.values()))
         return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
 
-    def _decode(self, record: Record) -> dict[int, RowBlocks]:
-        maps = {
-            layer: decode_causal(_as_tensor(payload), *self._heads, record.length).to(self._device)
-            for layer, payload in record.maps.items()
-        }
+    def _decode(self, record: Record) -> dict[int, RowBlocks] | None:
+        """The record's maps by layer; None when they are not what this model's maps must be."""
+        if record.codec != CODEC:
+            return None
+        try:
+            maps = {
+                layer: decode_causal(_as_tensor(payload), *self._heads, record.length)
+                for layer, payload in record.maps.items()
+            }
+        except ValueError as error:
+            compat.warn_once(logger, "a stored map does not fit this model: %s", str(error))
+            return None
+        maps = {layer: blocks.to(self._device) for layer, blocks in maps.items()}
         if self._device.type == "cuda":
             # The forward reads them on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
         return maps
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        self._store.close()
 
 
 def _leave_compute_core() -> None:
@@ -181,8 +184,7 @@ class Serving:
         source = compat.metadata_source(attn_metadata)
         if source is None:
             return  # profiling or warm-up
-        if (line := self.outcomes.log_line()) is not None:
-            logger.info("attncache: %s", line)
+        self.outcomes.log(logger)
         compat.forward_context().additional_kwargs[_STEP] = self._begin(source, hidden_states)
 
     def current(self) -> Step | None:
@@ -210,5 +212,7 @@ class Serving:
                 pool_tokens(hidden_states[seq.start : seq.start + seq.length], self._slots)
                 for seq in sequences
             ]
-        ).cpu()
+        )
+        # Rounded as a store keeps them, so that a recorded text finds itself at distance 0.
+        pooled = pooled.to("cpu", torch.float16).float()
         return self._lookups.start(pooled, [seq.length for seq in sequences], deadline)

@@ -69,6 +69,8 @@ def check_before_start(vllm_config: VllmConfig) -> None:
     if settings.record is not None:
         if bypassed is not None:
             raise SettingsError(f"maps cannot be recorded by this engine: {bypassed}")
+        if (settings.store / MANIFEST_NAME).exists():
+            _check_begun_with(Manifest.read(settings.store), settings.record)
         return
     # The weights are not loaded yet: here the store's own stand for them, the worker compares.
     weights = Manifest.read(settings.store).namespace.weights
@@ -95,11 +97,17 @@ def _attach_serving(
 ) -> None:
     store = LocalStore.open(settings.store, namespace=namespace)
     plan = _effective_plan(store, settings)
+    if len(plan.layers) != namespace.num_layers:
+        raise StoreError(
+            f"a plan needs an entry for each of the model's {namespace.num_layers} layers, got "
+            f"{len(plan.layers)}; build the store again"
+        )
     treatments: Counter[str] = Counter()
     reusable: list[AttentionModule] = []
     engine_reason = why_engine_bypassed(vllm_config)
-    if not modules and engine_reason is None:
-        engine_reason = "no attention module with a qkv_proj was found"
+    if not modules:
+        engine_reason = engine_reason or "no attention module with a qkv_proj was found"
+        treatments[f"bypassed: {engine_reason}"] = namespace.num_layers
     for found in modules:
         reason = engine_reason or why_not_reusable(found, _hidden_size(vllm_config))
         if reason is not None:
@@ -126,8 +134,7 @@ def _attach_serving(
         # Nothing will be looked up, but sequences are counted with the reason.
         reason = engine_reason or next(iter(treatments), "no layer").removeprefix("bypassed: ")
         outcomes = metrics.Outcomes(settings.log_interval_s)
-        for found in modules[:1]:
-            found.attention.attncache_bypass = functools.partial(_count_bypass, reason, outcomes)
+        compat.leave_bypass_counter(vllm_config, functools.partial(_count_bypass, reason, outcomes))
     stats = store.stats()
     logger.info(
         "attncache: %s, namespace %s, %d entries, %d of %d layers with reuse (%s), gate <= %s, "
@@ -175,6 +182,7 @@ def _count_bypass(reason: str, outcomes: metrics.Outcomes, source: compat.Metada
     # A sequence in chunks counts at its first one, where context and query have equal length.
     whole, _ = sequences_of(source)
     outcomes.bypass(reason, len(whole))
+    outcomes.log(logger)
 
 
 def _attach_recording(
@@ -211,17 +219,20 @@ def _attach_recording(
 
 
 def _open_for_recording(path: Path, record: RecordSettings, namespace: Namespace) -> LocalStore:
-    made_with = record.model_dump(mode="json")
     if not (path / MANIFEST_NAME).exists():
-        return LocalStore.create(path, namespace, made_with)
+        return LocalStore.create(path, namespace, record.model_dump(mode="json"))
     store = LocalStore.open(path, writable=True, namespace=namespace)
-    if store.manifest.build != made_with:
-        store.close()
-        raise SettingsError(
-            f"a store is extended with the settings it was begun with, {store.manifest.build!r}, "
-            f"got {made_with!r}; give the same ones or another --store"
-        )
+    _check_begun_with(store.manifest, record)
     return store
+
+
+def _check_begun_with(manifest: Manifest, record: RecordSettings) -> None:
+    asked = record.model_dump(mode="json")
+    if manifest.build != asked:
+        raise SettingsError(
+            f"a store is extended with the settings it was begun with, {manifest.build!r}, "
+            f"got {asked!r}; give the same ones or another --store"
+        )
 
 
 def _effective_plan(store: LocalStore, settings: Settings) -> Plan:

@@ -360,7 +360,7 @@ class LocalStore:
         if self._serving is None:
             raise StoreError(
                 f"{self._folder} must be calibrated before it is looked up in; "
-                "run 'attncache calibrate'"
+                "run 'attncache build'"
             )
         return self._serving
 

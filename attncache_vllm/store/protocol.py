@@ -78,7 +78,7 @@ class Record:
     """The stored maps of one sequence.
 
     Attributes:
-        token_hash: 32 bytes that identify the sequence, its tenant included.
+        token_hash: 32 bytes that identify the sequence.
         length: tokens of the sequence; a causal map of this length serves every shorter query.
         codec: name of the encoding of ``maps``, which a store neither knows nor needs to know.
         pooled: float32 ``[slots, hidden]``, the pooled feature-layer input; kept as float16.

@@ -95,7 +95,7 @@ def read_consistently(folder: Path) -> tuple[Manifest, Serving | None]:
             if Manifest.read(folder) == manifest:
                 raise StoreDamaged(
                     f"{folder} must have its features and projector, got {error}; "
-                    "run 'attncache calibrate' again"
+                    "run 'attncache build' again"
                 ) from error
 
 
@@ -107,6 +107,6 @@ def read_file(folder: Path, file: FileRef) -> bytes:
             data = stream.read(file.size)
     if hashlib.sha256(data).digest() != file.sha256:
         raise StoreDamaged(
-            f"{folder / file.name} does not have its checksum; run 'attncache calibrate' again"
+            f"{folder / file.name} does not have its checksum; run 'attncache build' again"
         )
     return data

@@ -407,7 +407,7 @@ def test_other_damaged_files_stop_readers_until_published_again(
 ) -> None:
     (file,) = files_like(store_path, kind)
     flip(file, 0) if harm == "flip" else file.unlink()
-    with pytest.raises(StoreDamaged, match="calibrate"):
+    with pytest.raises(StoreDamaged, match="run 'attncache build' again"):
         LocalStore.open(store_path)
     with LocalStore.open(store_path, writable=True) as store:
         assert store.stats().damaged == 1

@@ -1,0 +1,376 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands without an engine: output, exit codes, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from store_samples import NAMESPACE, make_features, make_record
+from typer.testing import CliRunner
+
+from attncache_vllm import cli, doctor
+from attncache_vllm.calibrate import build
+from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.store import LocalStore
+
+COMMANDS = ("build", "inspect", "verify", "doctor")
+ENTRIES = 5
+LENGTHS = sorted(make_record(number).length for number in range(ENTRIES))
+PLAN = Plan.reusing(NAMESPACE.num_layers, (1, 3), 0.25, feature_layer=1).to_dict()
+REPORT = {"train_loss": 0.125, "heldout_loss": 0.5, "curve": [[0.5, 0.25]]}
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The commands set it for the processes they start, and so for this one.
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+
+
+def published(path: Path, plan: dict[str, Any] = PLAN) -> Path:
+    with LocalStore.create(path, NAMESPACE, {"slots": 2}) as store:
+        for number in range(ENTRIES):
+            store.put(make_record(number))
+        store.publish(plan, b"projector", REPORT, make_features(ENTRIES))
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return published(tmp_path / "store")
+
+
+def attncache(*arguments: object) -> Any:
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [str(part) for part in arguments])
+
+
+def one_line_error(result: Any) -> str:
+    """The message of a refused call: exit code 2, one line, nothing on stdout, no traceback."""
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return str(result.stderr)
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# -- help --------------------------------------------------------------------------------------
+
+
+def test_help_lists_every_command() -> None:
+    result = attncache("--help")
+    assert result.exit_code == 0
+    assert {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands
+    } == {*COMMANDS}
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example_of_it(command: str) -> None:
+    result = attncache(command, "--help")
+    assert result.exit_code == 0
+    assert "Example" in result.stdout
+    assert f"attncache {command} " in result.stdout.split("Example")[1]
+
+
+# -- inspect -----------------------------------------------------------------------------------
+
+
+def test_inspect_as_json_tells_all_of_a_store(store: Path) -> None:
+    result = attncache("inspect", store, "--json")
+    assert result.exit_code == 0
+    segment_bytes = sum(path.stat().st_size for path in store.glob("maps-*"))
+    assert json.loads(result.stdout) == {
+        "namespace": {**NAMESPACE.to_dict(), "digest": NAMESPACE.digest()},
+        "build": {"slots": 2},
+        "entries": ENTRIES,
+        "bytes": segment_bytes,
+        "tokens": {"min": LENGTHS[0], "median": LENGTHS[2], "max": LENGTHS[-1]},
+        "segments": [{"name": "maps-000000", "size": segment_bytes}],
+        "findable": ENTRIES,
+        "layers_reused": [1, 3],
+        "feature_layer": 1,
+        "max_distance": 0.25,
+        "training": {"train_loss": 0.125, "heldout_loss": 0.5},
+    }
+
+
+def test_inspect_shows_the_same_as_a_table(store: Path) -> None:
+    result = attncache("inspect", store)
+    assert result.exit_code == 0
+    rows = {
+        cells[0]: cells[1]
+        for line in result.stdout.splitlines()
+        if len(cells := [cell.strip() for cell in line.strip("│ ").split("│")]) == 2
+    }
+    assert rows["entries"] == str(ENTRIES)
+    assert rows["layers_reused"] == "1, 3"
+    assert rows["training.train_loss"] == "0.125"
+    assert rows["namespace.digest"] == NAMESPACE.digest()
+
+
+def test_inspect_shows_a_store_that_is_still_empty(tmp_path: Path) -> None:
+    LocalStore.create(tmp_path / "new", NAMESPACE, {}).close()
+    result = attncache("inspect", tmp_path / "new", "--json")
+    assert result.exit_code == 0
+    summary = json.loads(result.stdout)
+    assert summary["entries"] == summary["bytes"] == summary["findable"] == 0
+    assert summary["tokens"] == {"min": None, "median": None, "max": None}
+    assert summary["training"] is None
+    assert attncache("inspect", tmp_path / "new").exit_code == 0
+
+
+def test_inspect_refuses_a_plan_it_cannot_read(tmp_path: Path) -> None:
+    result = attncache("inspect", published(tmp_path / "store", {"layers": "all"}))
+    assert "plan" in one_line_error(result)
+
+
+# -- verify ------------------------------------------------------------------------------------
+
+
+def test_verify_passes_a_sound_store(store: Path) -> None:
+    result = attncache("verify", store)
+    assert (result.exit_code, result.stdout) == (0, f"{ENTRIES} entries read: sound\n")
+    result = attncache("verify", store, "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout) == {"entries": ENTRIES, "damaged": [], "problems": []}
+
+
+def test_verify_names_a_damaged_entry_and_exits_1(store: Path) -> None:
+    flip_last_byte(next(store.glob("maps-*")))
+    result = attncache("verify", store)
+    assert result.exit_code == 1
+    assert f"entry {ENTRIES - 1}: the section at byte" in result.stdout
+    assert result.stdout.endswith(f"{ENTRIES} entries read: damaged\n")
+    result = attncache("verify", store, "--json")
+    assert result.exit_code == 1
+    [(entry_id, reason)] = json.loads(result.stdout)["damaged"]
+    assert entry_id == ENTRIES - 1
+    assert "checksum" in reason
+
+
+@pytest.mark.parametrize("kind", ["index", "features", "projector", "manifest"])
+def test_verify_names_a_damaged_file_and_exits_1(store: Path, kind: str) -> None:
+    flip_last_byte(next(store.glob(f"{kind}*")))
+    result = attncache("verify", store, "--json")
+    assert result.exit_code == 1
+    [problem] = json.loads(result.stdout)["problems"]
+    assert kind in problem
+    assert "checksum" in problem
+    result = attncache("verify", store)
+    assert result.exit_code == 1
+    assert problem in result.stdout
+
+
+# -- doctor ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sound_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spares importing vLLM, which the integration tests' doctor does."""
+    monkeypatch.setattr(doctor, "_plugin", lambda: doctor.Check("plugin", "ok", "selectable"))
+
+
+def findings(result: Any, what: str) -> list[tuple[str, str]]:
+    checks = json.loads(result.stdout)
+    assert all(check.keys() == {"what", "state", "finding"} for check in checks)
+    return [(check["state"], check["finding"]) for check in checks if check["what"] == what]
+
+
+@pytest.mark.usefixtures("sound_plugin")
+def test_doctor_says_what_of_a_sound_store_would_not_be_reused(store: Path) -> None:
+    result = attncache("doctor", "--store", store, "--json")
+    assert result.exit_code == 0
+    assert [state for state, _ in findings(result, "store")] == ["ok"]
+    assert findings(result, "not reused: layers") == [("info", "all but [1, 3] are exact")]
+    assert str(LENGTHS[-1]) in findings(result, "not reused: length")[0][1]
+    assert "0.25" in findings(result, "not reused: distance")[0][1]
+    assert attncache("doctor", "--store", store).exit_code == 0
+
+
+@pytest.mark.usefixtures("sound_plugin")
+def test_doctor_exits_1_when_the_store_cannot_be_read(tmp_path: Path) -> None:
+    result = attncache("doctor", "--store", tmp_path / "none", "--json")
+    assert result.exit_code == 1
+    [(state, finding)] = findings(result, "store")
+    assert state == "problem"
+    assert str(tmp_path / "none") in finding
+    table = attncache("doctor", "--store", tmp_path / "none")
+    assert table.exit_code == 1
+    assert "!!" in table.stdout
+
+
+@pytest.mark.usefixtures("sound_plugin")
+def test_doctor_exits_1_when_no_layer_reuses_maps(tmp_path: Path) -> None:
+    plan = Plan.reusing(NAMESPACE.num_layers, (), 0.25).to_dict()
+    result = attncache("doctor", "--store", published(tmp_path / "store", plan), "--json")
+    assert result.exit_code == 1
+    assert findings(result, "plan")[0][0] == "problem"
+
+
+def test_doctor_exits_1_when_vllm_would_not_find_the_plugin(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor.metadata, "entry_points", lambda group: [])
+    result = attncache("doctor", "--json")
+    assert result.exit_code == 1
+    assert findings(result, "plugin")[0][0] == "problem"
+
+
+# -- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_folder_without_a_store_is_one_line_with_a_remedy(command: str, tmp_path: Path) -> None:
+    message = one_line_error(attncache(command, tmp_path))
+    assert str(tmp_path) in message
+    assert "attncache build" in message
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
+    # They look like rich's markup: "[/b]" alone would be an error, "[b]" would vanish.
+    path = tmp_path / "[b]maps" / "[" / "b]:smile:"
+    assert str(path) in one_line_error(attncache("verify", path))
+    assert str(path) in attncache("inspect", published(path)).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect"],
+        ["inspect", "store", "--yaml"],
+        ["record"],
+        ["build", "model", "--corpus", "c.txt"],
+        ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-entries", "0"],
+        ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-distance", "-1"],
+    ],
+)
+def test_a_wrong_call_exits_2_without_a_traceback(arguments: list[str]) -> None:
+    result = attncache(*arguments)
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert "Traceback" not in result.stderr
+
+
+Build = Callable[..., Any]
+
+
+@pytest.fixture
+def build_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """``attncache build`` of a model of six layers, up to where an engine would start."""
+
+    def record(options: build.BuildOptions, layers: tuple[int, ...], texts: object) -> Any:
+        raise AssertionError(f"an engine would start for {options}")
+
+    monkeypatch.setattr(build, "_num_layers", lambda model: 6)
+    monkeypatch.setattr(build, "_record", record)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one text\n")
+
+    def call(*options: object, corpus: Path = corpus) -> Any:
+        store = tmp_path / "store"
+        return attncache("build", "model", "--corpus", corpus, "--store", store, *options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--layers", "last"], "numbers and ranges"),
+        (["--layers", "4-9"], "must be in 0..5"),
+        (["--layers", "1,5-3"], "must ascend"),
+        (["--layers", "2-5", "--feature-layer", "3"], "feature_layer must be in 0..2"),
+        (["--max-distance", "inf"], "max_distance must be a finite number"),
+        (["--layers", "5", "--max-distance", "inf"], "max_distance must be a finite number"),
+    ],
+)
+def test_build_refuses_options_that_make_no_plan_in_one_line(
+    build_command: Build, options: list[str], rule: str
+) -> None:
+    assert rule in one_line_error(build_command(*options))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rule"),
+    [
+        ("empty.txt", "\n\n", "at least one text"),
+        ("texts.csv", "a,b", "must be a .jsonl or .txt file"),
+        ("texts.jsonl", '{"text": "one"}\n{"txt": "two"}\n', "texts.jsonl:2 must be an object"),
+        ("none.txt", None, "must be readable: No such file"),
+    ],
+)
+def test_build_refuses_a_corpus_without_texts_in_one_line(
+    build_command: Build, tmp_path: Path, name: str, content: str | None, rule: str
+) -> None:
+    corpus = tmp_path / name
+    if content is not None:
+        corpus.write_text(content)
+    assert rule in one_line_error(build_command(corpus=corpus))
+
+
+def test_an_interrupted_command_exits_130(
+    build_command: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_record", interrupted)
+    assert build_command().exit_code == 130
+
+
+def test_a_bug_is_not_hidden_behind_a_friendly_line(build_command: Build) -> None:
+    result = build_command()
+    assert result.exit_code == 1
+    assert isinstance(result.exception, AssertionError)
+
+
+# -- layers ------------------------------------------------------------------------------------
+
+
+@given(st.sets(st.integers(0, 60), min_size=1))
+def test_layers_are_read_back_from_how_they_are_shown(layers: set[int]) -> None:
+    ascending = sorted(layers)
+    assert cli.parse_layers(cli._ranges(ascending)) == tuple(ascending)
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1))
+def test_layers_are_the_ascending_union_of_their_parts(parts: list[tuple[int, int]]) -> None:
+    text = " , ".join(f"{first}-{first + more}" if more else str(first) for first, more in parts)
+    union = {layer for first, more in parts for layer in range(first, first + more + 1)}
+    assert cli.parse_layers(text) == tuple(sorted(union))
+
+
+@given(st.integers(1, 60), st.integers(0, 60), st.booleans())
+def test_a_descending_range_of_layers_is_refused(first: int, last: int, alone: bool) -> None:
+    last = min(last, first - 1)
+    text = f"{first}-{last}" if alone else f"0,{first}-{last},3"
+    with pytest.raises(AttnCacheError, match="must ascend"):
+        cli.parse_layers(text)
+
+
+@pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1-", "1--3", "1-3-5", "a", "1.5", "1 2"])
+def test_layers_that_are_no_numbers_or_ranges_are_refused_with_the_text(text: str) -> None:
+    with pytest.raises(AttnCacheError, match="numbers and ranges like") as caught:
+        cli.parse_layers(text)
+    assert f"got {text!r}" in str(caught.value)
+
+
+def test_logs_of_vllm_are_kept_off_the_output(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_LOGGING_STREAM")
+    attncache("inspect", store)
+    assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
