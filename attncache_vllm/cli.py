@@ -205,6 +205,8 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
             out.print(f"entry {entry_id}: {reason}", highlight=False, soft_wrap=True)
         for problem in report.problems:
             out.print(problem, highlight=False, soft_wrap=True)
+        if report.unpublished:
+            out.print(f"{report.unpublished} entries are not findable yet; run `attncache build`")
         verdict = ("sound", "green") if report.ok else ("damaged", "red")
         out.print(Text.assemble(f"{report.entries} entries read: ", verdict))
     if not report.ok:

@@ -221,9 +221,8 @@ def _attach_recording(
 def _open_for_recording(path: Path, record: RecordSettings, namespace: Namespace) -> LocalStore:
     if not (path / MANIFEST_NAME).exists():
         return LocalStore.create(path, namespace, record.model_dump(mode="json"))
-    store = LocalStore.open(path, writable=True, namespace=namespace)
-    _check_begun_with(store.manifest, record)
-    return store
+    _check_begun_with(Manifest.read(path), record)
+    return LocalStore.open(path, writable=True, namespace=namespace)
 
 
 def _check_begun_with(manifest: Manifest, record: RecordSettings) -> None:

@@ -198,9 +198,9 @@ class LocalStore:
                     read_file(self._folder, file)
                 except (StoreDamaged, OSError) as error:
                     problems.append(f"{file.name}: {error}")
-            if (newer := len(self._table.entries) - published.rows) > 0:
-                problems.append(f"{newer} entries are newer than the calibration and never found")
-        return VerifyReport(len(self._table.entries), damaged, problems)
+        entries = len(self._table.entries)
+        rows = 0 if published is None else published.rows
+        return VerifyReport(entries, damaged, problems, unpublished=entries - rows)
 
     def stats(self) -> StoreStats:
         """See ``MapStore``. Entries and bytes include what is not committed yet."""

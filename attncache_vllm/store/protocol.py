@@ -110,11 +110,16 @@ class StoreStats:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What ``verify`` found: entries looked at, (entry id, reason) of bad ones, other problems."""
+    """What ``verify`` found: entries looked at, (entry id, reason) of bad ones, other problems.
+
+    ``unpublished`` entries are sound but not findable: put after the store was published last, as
+    by a build that was cut off. That is no damage.
+    """
 
     entries: int
     damaged: list[tuple[int, str]]
     problems: list[str]
+    unpublished: int = 0
 
     @property
     def ok(self) -> bool:

@@ -82,7 +82,6 @@ class FakeStore:
         self.fail_load: Exception | None = None
         self.may_answer = threading.Event()
         self.may_answer.set()
-        self.closed = False
 
     def lookup(
         self,
@@ -118,7 +117,7 @@ class FakeStore:
         raise AssertionError("not asked for by lookups")
 
     def close(self) -> None:
-        self.closed = True
+        raise AssertionError("not asked for by lookups")
 
 
 def near(*entries: int, distance: float = 0.1) -> list[Neighbour]:

@@ -223,8 +223,8 @@ def test_a_lookup_that_ends_before_the_deadline_is_waited_for() -> None:
 def test_a_lookup_that_is_late_is_a_miss_and_not_waited_for_any_longer() -> None:
     outcomes = Outcomes(math.inf)
     future: Future[list[Hit | None]] = Future()
+    started = time.monotonic()  # before the deadline is set, 0.05 s from then
     step = make_step(future, rows=(0, 1), seconds=0.05, outcomes=outcomes)
-    started = time.monotonic()
     assert step.maps_for(1) == {}
     assert 0.05 <= time.monotonic() - started < 5
     # Also when the answer comes in the end: a later layer must not take what an earlier one missed.
