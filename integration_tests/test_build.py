@@ -53,6 +53,7 @@ def test_verify_passes_a_sound_store(store: Path, texts: Texts, attncache: Comma
         "entries": len(texts.recorded),
         "damaged": [],
         "problems": [],
+        "unpublished": 0,
     }
 
 

@@ -147,7 +147,12 @@ def test_verify_passes_a_sound_store(store: Path) -> None:
     assert (result.exit_code, result.stdout) == (0, f"{ENTRIES} entries read: sound\n")
     result = attncache("verify", store, "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == {"entries": ENTRIES, "damaged": [], "problems": [], "unpublished": 0}
+    assert json.loads(result.stdout) == {
+        "entries": ENTRIES,
+        "damaged": [],
+        "problems": [],
+        "unpublished": 0,
+    }
 
 
 def test_verify_names_a_damaged_entry_and_exits_1(store: Path) -> None:
