@@ -123,9 +123,12 @@ def ask_both(
         answers = []
         for number, text in enumerate(track(texts, "embedding", console=console)):
             before = reuse.counters("attncache_sequences", "outcome")
-            # In turn, and each server first every other time.
-            order = (stock, reuse) if number % 2 else (reuse, stock)
-            timed = {server.url: ask(clients[server.url], text) for server in order}
+            # In turn, each server first for every other text of either kind, alone on the machine.
+            timed = {}
+            for server, other in ((stock, reuse), (reuse, stock))[:: 1 if number // 2 % 2 else -1]:
+                other.pause()
+                timed[server.url] = ask(clients[server.url], text)
+                other.resume()
             after = reuse.counters("attncache_sequences", "outcome")
             (outcome,) = {key for key in after if after[key] != before.get(key, 0.0)}
             (exact_ms, exact), (reuse_ms, reused) = timed[stock.url], timed[reuse.url]
