@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -24,6 +25,9 @@ from attncache_vllm.reuse.resident import ResidentSet
 from attncache_vllm.store.protocol import MapStore, Record
 
 logger = compat.get_logger(__name__)
+
+# Maps are read from read-only memory and never written to; torch warns because it cannot mark that.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
 
 _STEP = "attncache"
 # Of exact neighbours the first would do; a compressed index ranks them a little wrong.
@@ -132,7 +136,7 @@ class Lookups:
             return None
         try:
             maps = {
-                layer: decode_causal(_as_tensor(payload), *self._heads, record.length)
+                layer: decode_causal(torch.from_numpy(payload), *self._heads, record.length)
                 for layer, payload in record.maps.items()
             }
         except ValueError as error:
@@ -154,15 +158,6 @@ def _leave_compute_core() -> None:
     if hasattr(os, "sched_setaffinity"):  # not on macOS
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
-
-
-def _as_tensor(payload: np.ndarray) -> torch.Tensor:
-    # Read-only memory of the store; torch only warns about it because it cannot mark it.
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(payload)
 
 
 class Serving:
