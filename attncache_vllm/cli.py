@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from attncache_vllm.errors import AttnCacheError, StoreDamaged, StoreError
+
+if TYPE_CHECKING:
+    from attncache_vllm.doctor import Check
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,6 +38,9 @@ err = Console(stderr=True)
 
 # Below it the order of feature distances says next to nothing about the order of map distances.
 WEAK_CORRELATION = 0.1
+
+# Options that are not ours are those of `vllm serve`.
+SERVE_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 StoreArgument = Annotated[Path, typer.Argument(help="Folder of the store.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -56,8 +62,9 @@ def keep_stdout_for_results() -> None:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
 
 
-@app.command()
+@app.command(context_settings=SERVE_OPTIONS)
 def build(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Model folder or hub name, as for vLLM.")],
     corpus: Annotated[Path, typer.Option(help="Texts to record: .jsonl with `text`, or .txt.")],
     store: Annotated[Path, typer.Option(help="Folder of the store, new or to be extended.")],
@@ -72,8 +79,15 @@ def build(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, help="Stop at this size of the maps, in bytes.")
     ] = None,
+    min_tokens: Annotated[
+        int,
+        typer.Option(min=2, help="Leave out shorter texts; a server has its own `min_tokens`."),
+    ] = 16,
     max_tokens: Annotated[
-        int, typer.Option(min=16, help="Cut texts at this length; longer requests never hit.")
+        int,
+        typer.Option(
+            min=2, help="Cut texts at this length, or the model's; longer requests never hit."
+        ),
     ] = 512,
     max_distance: Annotated[
         float,
@@ -83,6 +97,13 @@ def build(
             "counts as a hit.",
         ),
     ] = 0.2,
+    crop: Annotated[
+        bool,
+        typer.Option(
+            help="Bidirectional models: let a longer entry serve a shorter text, its map cut and "
+            "renormalised. Otherwise only entries of equal length do."
+        ),
+    ] = False,
     factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
     seed: Annotated[int, typer.Option(help="Seed of the projector's training.")] = 0,
     as_json: JsonOption = False,
@@ -90,7 +111,8 @@ def build(
     """Record attention maps of a corpus by running the model in vLLM.
 
     Cut off, it continues where it stopped when called again; with a higher `--max-entries` or
-    another corpus it extends the store.
+    another corpus it extends the store. Other options are taken as those of `vllm serve`: give
+    those that change what the model computes, like `--dtype`, as you will serve it.
 
     Example: `attncache build ./SmolLM2 --corpus texts.jsonl --store ./maps --max-entries 500`
     """
@@ -106,10 +128,13 @@ def build(
             feature_layer=feature_layer,
             max_entries=max_entries,
             max_bytes=max_bytes,
+            min_tokens=min_tokens,
             max_tokens=max_tokens,
+            crop=crop,
             max_distance=max_distance,
             factory=factory,
             seed=seed,
+            serve_options=tuple(context.args),
         )
         texts = list(read_corpus(corpus))
         if not texts:
@@ -213,27 +238,31 @@ def verify(store: StoreArgument, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(context_settings=SERVE_OPTIONS)
 def doctor(
-    store: Annotated[Path | None, typer.Option(help="Store to check.")] = None,
+    context: typer.Context,
     model: Annotated[
-        str | None, typer.Option(help="Model to check the store and vLLM's settings with.")
+        str | None,
+        typer.Argument(help="Model folder or hub name, as for vLLM.", show_default=False),
     ] = None,
-    pooling: Annotated[
-        str | None, typer.Option(help="Pooling the server is started with: MEAN, CLS or LAST.")
-    ] = None,
+    store: Annotated[Path | None, typer.Option(help="Store to check.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check versions, plugin, machine and store, and say why requests would not be reused.
+    """Check versions, plugin, machine and store, say for each layer of the model what a hit skips,
+    and why requests would not be reused.
 
-    Exit code 1 when something stands in the way.
+    Other options are taken as those of `vllm serve`. Exit code 1 when something stands in the way.
 
-    Example: `attncache doctor --store ./maps --model ./SmolLM2`
+    Example: `attncache doctor ./SmolLM2 --store ./maps --pooler-config.seq_pooling_type MEAN`
     """
     from attncache_vllm.doctor import examine
 
     with user_errors():
-        checks = examine(store, model, pooling)
+        if model is not None and model.startswith("-"):
+            raise AttnCacheError(
+                f"the model must come before the options of `vllm serve`, got {model!r} first"
+            )
+        checks = examine(store, model, context.args)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:
@@ -243,11 +272,24 @@ def doctor(
             "problem": Text("!!", "red"),
         }
         table = Table(show_header=False, box=None)
-        for check in checks:
-            table.add_row(mark[check.state], check.what, check.finding)
+        for state, what, finding in _merged(checks):
+            table.add_row(mark[state], what, finding)
         out.print(table)
     if any(check.state == "problem" for check in checks):
         raise typer.Exit(1)
+
+
+def _merged(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
+    """State, subject and finding of each check; those of layers with one finding in one row."""
+    by_finding: dict[tuple[str, str], list[int]] = {}
+    for check in checks:
+        kind, _, number = check.what.partition(" ")
+        if kind == "layer" and number.isdecimal():
+            by_finding.setdefault((check.state, check.finding), []).append(int(number))
+        else:
+            yield check.state, check.what, check.finding
+    for (state, finding), layers in by_finding.items():
+        yield state, f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}", finding
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

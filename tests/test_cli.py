@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from attncache_vllm import cli, doctor
 from attncache_vllm.calibrate import build
+from attncache_vllm.calibrate.corpus import Text
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store import LocalStore
@@ -236,6 +238,84 @@ def test_doctor_exits_1_when_vllm_would_not_find_the_plugin(
     assert findings(result, "plugin")[0][0] == "problem"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (None, None, [])),
+        (["model"], (None, "model", [])),
+        (["--store", "maps", "model"], (Path("maps"), "model", [])),
+        (
+            ["model", "--dtype", "half", "--store", "maps", "--no-enable-prefix-caching"],
+            (Path("maps"), "model", ["--dtype", "half", "--no-enable-prefix-caching"]),
+        ),
+        (["model", "-tp", "2", "--json", "-O3"], (None, "model", ["-tp", "2", "-O3"])),
+        (
+            ["model", "--pooler-config.seq_pooling_type=MEAN"],
+            (None, "model", ["--pooler-config.seq_pooling_type=MEAN"]),
+        ),
+    ],
+)
+def test_doctor_takes_options_it_does_not_know_as_those_of_vllm(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: Any
+) -> None:
+    asked: list[Any] = []
+
+    def examine(*arguments: Any) -> list[doctor.Check]:
+        asked.append(arguments)
+        return []
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    assert attncache("doctor", *arguments).exit_code == 0
+    assert asked == [expected]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "first"),
+    [
+        (["--dtype", "half", "model"], "--dtype"),
+        (["--dtype=half", "model"], "--dtype=half"),
+        (["--store", "maps", "-tp", "2", "model", "--json"], "-tp"),
+    ],
+)
+def test_doctor_refuses_options_of_vllm_before_the_model(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], first: str
+) -> None:
+    # Which of the words that follow an unknown option is its value, nobody can tell.
+    def examine(*arguments: Any) -> Any:
+        raise AssertionError(f"examined {arguments}")
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    message = one_line_error(attncache("doctor", *arguments))
+    assert "the model must come before the options of `vllm serve`" in message
+    assert f"got {first!r} first" in message
+
+
+def test_doctor_shows_layers_of_one_finding_in_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = {
+        0: ("ok", "reusable (causal)"),
+        1: ("info", "not reusable: ALiBi (causal)"),
+        2: ("ok", "reusable (causal)"),
+        3: ("ok", "reusable (causal)"),
+        4: ("ok", "reusable (causal, window 8)"),
+    }
+    checks = [
+        doctor.Check("engine", "ok", "can reuse maps"),
+        *(doctor.Check(f"layer {index}", *found) for index, found in layers.items()),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda *arguments: checks)
+    result = attncache("doctor", "model")
+    assert [re.split("  +", line.strip()) for line in result.stdout.splitlines()] == [
+        ["ok", "engine", "can reuse maps"],
+        ["ok", "layers 0, 2-3", "reusable (causal)"],
+        ["--", "layer 1", "not reusable: ALiBi (causal)"],
+        ["ok", "layer 4", "reusable (causal, window 8)"],
+    ]
+    assert result.exit_code == 0
+    # As JSON every layer stands for itself.
+    shown = json.loads(attncache("doctor", "model", "--json").stdout)
+    assert [check["what"] for check in shown] == ["engine", *(f"layer {i}" for i in range(5))]
+
+
 # -- mistakes ----------------------------------------------------------------------------------
 
 
@@ -262,6 +342,7 @@ def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
         ["build", "model", "--corpus", "c.txt"],
         ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-entries", "0"],
         ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-distance", "-1"],
+        ["build", "model", "--corpus", "c.txt", "--store", "s", "--min-tokens", "1"],
     ],
 )
 def test_a_wrong_call_exits_2_without_a_traceback(arguments: list[str]) -> None:
@@ -281,7 +362,7 @@ def build_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     def record(options: build.BuildOptions, layers: tuple[int, ...], texts: object) -> Any:
         raise AssertionError(f"an engine would start for {options}")
 
-    monkeypatch.setattr(build, "_num_layers", lambda model: 6)
+    monkeypatch.setattr(build, "_limits", lambda model: (6, 100))
     monkeypatch.setattr(build, "_record", record)
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("one text\n")
@@ -326,6 +407,40 @@ def test_build_refuses_a_corpus_without_texts_in_one_line(
     if content is not None:
         corpus.write_text(content)
     assert rule in one_line_error(build_command(corpus=corpus))
+
+
+def test_build_passes_its_options_on(
+    build_command: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def build_store(options: build.BuildOptions, texts: list[Text]) -> Any:
+        asked.append((options, texts))
+        raise AttnCacheError("enough")
+
+    monkeypatch.setattr(build, "build", build_store)
+    corpus = tmp_path / "pairs.jsonl"
+    corpus.write_text('{"text": "a", "text_pair": "b"}\n{"text": "c"}\n')
+    given = {
+        "--layers": "4-5",
+        "--feature-layer": 1,
+        "--max-entries": 7,
+        "--max-bytes": 99,
+        "--min-tokens": 2,
+        "--max-tokens": 64,
+        "--max-distance": 0.5,
+        "--factory": "HNSW16",
+        "--seed": 3,
+    }
+    build_command("--crop", *(part for option in given.items() for part in option), corpus=corpus)
+    build_command(corpus=corpus)
+    (options, texts), (defaults, _) = asked
+    store = tmp_path / "store"
+    assert options == build.BuildOptions(
+        "model", store, (4, 5), 1, 7, 99, 2, 64, 0.5, True, "HNSW16", seed=3
+    )
+    assert defaults == build.BuildOptions("model", store)
+    assert texts == [Text("a", "b"), Text("c")]
 
 
 def test_an_interrupted_command_exits_130(

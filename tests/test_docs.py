@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from attncache_vllm.config import Settings, load_settings
+from attncache_vllm.engine.eligibility import NO_LAYER
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -82,14 +83,11 @@ def test_a_table_without_its_place_is_an_error() -> None:
         tables().with_tables("no place")
 
 
-@pytest.mark.parametrize(
-    ("file", "name"),
-    [("engine/startup.py", "why_engine_bypassed"), ("engine/layer.py", "why_not_reusable")],
-)
-def test_every_reason_for_a_bypass_is_documented(file: str, name: str) -> None:
-    reasons = returned_strings(PACKAGE / file, name)
+@pytest.mark.parametrize("name", ["why_engine_bypassed", "_why_not", "_why_scores_only"])
+def test_every_reason_for_a_bypass_is_documented(name: str) -> None:
+    reasons = returned_strings(PACKAGE / "engine" / "eligibility.py", name)
     assert len(reasons) > 5
-    assert set(reasons) <= quoted((DOCS / "limits.md").read_text())
+    assert {*reasons, NO_LAYER} <= quoted((DOCS / "limits.md").read_text())
 
 
 def test_every_reason_of_a_sequence_is_documented() -> None:
@@ -149,3 +147,17 @@ def test_files_that_pages_name_exist(page: Path) -> None:
         page.read_text(),
     )
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_every_reason_not_to_reuse_is_documented() -> None:
+    source = ast.parse((PACKAGE / "engine" / "eligibility.py").read_text())
+    returned = [node.value for node in ast.walk(source) if isinstance(node, ast.Return)]
+    reasons = {
+        part.value
+        for value in returned
+        for part in ast.walk(value or ast.Constant(None))
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and " " in part.value
+    }
+    limits = (ROOT / "docs" / "limits.md").read_text()
+    assert len(reasons) > 15
+    assert {reason for reason in reasons if f"`{reason}" not in limits} == set()

@@ -27,14 +27,15 @@ MAY_IMPORT = {
     "config": {"errors"},
     "reuse": set[str](),
     "store": {"errors"},
-    "calibrate": {"errors", "reuse", "store"},
+    "serve_options": set[str](),
+    "calibrate": {"errors", "reuse", "serve_options", "store"},
     "engine": {"config", "errors", "reuse", "store"},
     "plugin": {"engine"},
-    "doctor": {"engine", "errors", "reuse", "store"},
+    "doctor": {"config", "engine", "errors", "reuse", "serve_options", "store"},
     "cli": {"calibrate", "doctor", "errors", "reuse", "store"},
 }
 # Outside of the engine room, vLLM is only used through what it offers to its users.
-USERS_OF_VLLM = {"calibrate/build.py", "doctor.py"}
+USERS_OF_VLLM = {"calibrate/build.py", "doctor.py", "serve_options.py"}
 
 
 @cache

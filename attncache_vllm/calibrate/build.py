@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from attncache_vllm.calibrate.corpus import Text as CorpusText
 from attncache_vllm.calibrate.corpus import token_hash
 from attncache_vllm.calibrate.train import (
     MIN_ENTRIES,
@@ -40,25 +41,30 @@ from attncache_vllm.calibrate.train import (
     train_projector,
 )
 from attncache_vllm.errors import AttnCacheError, SettingsError
-from attncache_vllm.reuse.codec import decode_causal
+from attncache_vllm.reuse.codec import decode_map
 from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.serve_options import engine_args
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import Manifest
+
+Layouts = dict[int, MapLayout]
 
 COMMIT_EVERY = 16
 KV_CACHE_BYTES = 2**30
 EPOCHS = 20
-# Every 16th row of a map stands for all of them when two maps are compared, so a text needs as
-# many tokens to be compared at all; shorter ones would be bypassed in service anyway.
-ROW_STRIDE = 16
+# When two maps are compared about this many rows of the longest text stand for all of them, but
+# at least every 16th.
+SAMPLED_ROWS = 32
 # A pair of which one text is half as long as the other counts as a tenth of the mass apart.
 LENGTH_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What ``attncache build`` was asked for. ``layers`` None means the last third."""
+    """What ``attncache build`` was asked for. ``layers`` None means the last third;
+    ``serve_options`` are those of ``vllm serve`` that decide what the model computes."""
 
     model: str
     store: Path
@@ -66,51 +72,62 @@ class BuildOptions:
     feature_layer: int = 0
     max_entries: int = 1000
     max_bytes: int | None = None
+    min_tokens: int = 16
     max_tokens: int = 512
     max_distance: float = 0.2
+    crop: bool = False
     factory: str = "Flat"
     slots: int = 8
     seed: int = 0
+    serve_options: tuple[str, ...] = ()
 
 
-def build(options: BuildOptions, texts: Sequence[str]) -> dict[str, Any]:
+def build(options: BuildOptions, texts: Sequence[CorpusText]) -> dict[str, Any]:
     """Build or extend the store; returns figures for the user.
 
     Raises:
         SettingsError, StoreError: with rule, value and remedy.
     """
-    num_layers = _num_layers(options.model)
+    num_layers, longest = _limits(options)
+    options = replace(options, max_tokens=min(options.max_tokens, longest))
     try:
         layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
-        plan = Plan.reusing(num_layers, layers, options.max_distance, options.feature_layer)
+        plan = Plan.reusing(
+            num_layers, layers, options.max_distance, options.feature_layer, options.crop
+        )
     except ValueError as error:
         raise SettingsError(str(error)) from None
-    recorded = _record(options, plan.reused_layers, texts)
-    report = _train_and_publish(options, plan)
+    recorded, layouts = _record(options, plan.reused_layers, texts)
+    report = _train_and_publish(options, plan, layouts)
     return {**recorded, "layers": list(layers), "num_layers": num_layers, **report}
 
 
-def _num_layers(model: str) -> int:
-    from transformers import AutoConfig
-
+def _limits(options: BuildOptions) -> tuple[int, int]:
+    """Number of layers of the model, and the longest sequence vLLM takes for it."""
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = engine_args(options.model, options.serve_options).create_model_config()
     except (OSError, ValueError) as error:
         raise SettingsError(
-            f"the model must be a folder or a hub name that transformers can read, got {model!r}: "
-            f"{str(error).splitlines()[0]}"
+            f"the model must be a folder or a hub name that vLLM can serve for pooling, got "
+            f"{options.model!r}: {str(error).splitlines()[0]}"
         ) from None
-    return int(config.get_text_config().num_hidden_layers)
+    return int(config.hf_text_config.num_hidden_layers), int(config.max_model_len)
 
 
-def _record(options: BuildOptions, layers: tuple[int, ...], texts: Sequence[str]) -> dict[str, Any]:
+def _record(
+    options: BuildOptions, layers: tuple[int, ...], texts: Sequence[CorpusText]
+) -> tuple[dict[str, Any], Layouts]:
     from vllm.v1.engine.exceptions import EngineDeadError
 
     llm = _recording_engine(options, layers)
     try:
+        layouts = {
+            layer: MapLayout(heads, kv_heads, Mask(causal, window))
+            for layer, heads, kv_heads, causal, window in llm.collective_rpc("attncache_layouts")[0]
+        }
         report = _record_texts(llm, options, texts)
         llm.collective_rpc("attncache_close")
-        return report
+        return report, layouts
     except EngineDeadError:
         raise AttnCacheError(
             "the engine stopped while recording; its log above says why. What was committed stays: "
@@ -134,32 +151,27 @@ def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
         "feature_layer": options.feature_layer,
         "slots": options.slots,
     }
-    arguments: dict[str, Any] = dict(
-        model=options.model,
-        runner="pooling",
-        convert="embed",
-        # Whole sequences, one per step: what recording needs, whatever the model's own pooling.
-        pooler_config={"seq_pooling_type": "MEAN"},
-        enable_prefix_caching=False,
-        enable_chunked_prefill=False,
-        max_num_seqs=1,
-        max_model_len=options.max_tokens,
-        max_num_batched_tokens=options.max_tokens,
-        # One sequence at a time needs little, and nothing of it is kept.
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
-        enforce_eager=True,
-        attention_backend="attncache",
-        worker_extension_cls="attncache_vllm.engine.record.RecorderExtension",
-        additional_config={"attncache": {"store": str(options.store), "record": record}},
-    )
+    arguments = engine_args(options.model, options.serve_options)
+    # Whole sequences, one per step: what recording needs, whatever the model's pooling.
+    arguments.enable_prefix_caching = False
+    arguments.enable_chunked_prefill = False
+    arguments.max_num_seqs = 1
+    arguments.max_model_len = options.max_tokens
+    arguments.max_num_batched_tokens = options.max_tokens
+    # One sequence at a time needs little, and nothing of it is kept.
+    arguments.kv_cache_memory_bytes = KV_CACHE_BYTES
+    arguments.enforce_eager = True
+    arguments.attention_backend = "attncache"
+    arguments.worker_extension_cls = "attncache_vllm.engine.record.RecorderExtension"
+    arguments.additional_config = {"attncache": {"store": str(options.store), "record": record}}
     try:
-        return LLM(**arguments)
+        return LLM.from_engine_args(arguments)
     except RuntimeError as error:
         # Raised in another process, whose log has the cause; a traceback of this one has not.
         raise AttnCacheError(f"vLLM could not start to record: {error}") from None
 
 
-def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[str]) -> dict[str, Any]:
+def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[CorpusText]) -> dict[str, Any]:
     tokenizer = llm.get_tokenizer()
     stats = llm.collective_rpc("attncache_stats")[0]
     known = {entry.token_hash for entry in Manifest.read(options.store).entries}
@@ -173,13 +185,16 @@ def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[str]) -> dict
                 break
             if options.max_bytes is not None and stats["bytes"] >= options.max_bytes:
                 break
-            token_ids = tokenizer(text).input_ids[: options.max_tokens]
+            # Truncated as a tokenizer does it: special tokens at the end stay.
+            token_ids = tokenizer(
+                text.text, text.pair, truncation=True, max_length=options.max_tokens
+            ).input_ids
             identity = token_hash(token_ids)
-            if identity in known or len(token_ids) < ROW_STRIDE:
+            if identity in known or len(token_ids) < options.min_tokens:
                 skipped += 1
                 continue
             known.add(identity)
-            llm.embed([{"prompt_token_ids": token_ids}], use_tqdm=False)
+            _prefill(llm, text, token_ids, options.max_tokens)
             stats = llm.collective_rpc("attncache_commit", args=(identity,))[0]
             recorded += 1
             progress.update(task, completed=stats["entries"])
@@ -193,10 +208,26 @@ def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[str]) -> dict
     }
 
 
-def _train_and_publish(options: BuildOptions, plan: Plan) -> dict[str, Any]:
+def _prefill(llm: Any, text: CorpusText, token_ids: list[int], max_tokens: int) -> None:
+    """Run one text, or one pair as the model's cross-encoder joins them."""
+    if text.pair is None:
+        prompt = {"prompt_token_ids": token_ids}
+        llm.encode([prompt], pooling_task=llm.pooling_task, use_tqdm=False)
+        return
+    try:
+        truncate = {"truncate_prompt_tokens": max_tokens}
+        llm.score(text.text, text.pair, use_tqdm=False, tokenization_kwargs=truncate)
+    except ValueError as error:
+        raise SettingsError(
+            'a corpus with "text_pair" needs a model that scores pairs, got '
+            f"{llm.model_config.architecture}: {error}"
+        ) from None
+
+
+def _train_and_publish(options: BuildOptions, plan: Plan, layouts: Layouts) -> dict[str, Any]:
     with LocalStore.open(options.store, writable=True) as store:
         store.drop_damaged()
-        pooled, digests = _read_back(store, options)
+        pooled, digests = _read_back(store, options, layouts)
         projector, report = _train(pooled, digests, options.seed)
         with torch.inference_mode():
             features = projector(pooled).numpy()
@@ -211,33 +242,35 @@ def _train_and_publish(options: BuildOptions, plan: Plan) -> dict[str, Any]:
     return {"entries": stats.entries, "bytes": stats.bytes, "training": asdict(report)}
 
 
-def _read_back(store: LocalStore, options: BuildOptions) -> tuple[torch.Tensor, list[MapDigest]]:
+def _read_back(
+    store: LocalStore, options: BuildOptions, layouts: Layouts
+) -> tuple[torch.Tensor, list[MapDigest]]:
     """Feature inputs ``[N, slots, hidden]`` float32 and map digests of all entries, in order."""
-    namespace = store.manifest.namespace
+    entries = store.manifest.entries
+    if len(entries) < MIN_ENTRIES:
+        raise SettingsError(
+            f"a store needs at least {MIN_ENTRIES} entries to train its projector, got "
+            f"{len(entries)} of at least {options.min_tokens} tokens; give a larger corpus"
+        )
+    lengths = [entry.length for entry in entries]
+    stride = max(1, min(16, max(lengths) // SAMPLED_ROWS))
+    # From a row that every entry has, so that any two entries can be compared.
+    positions = range(min(*lengths, stride) - 1, max(lengths), stride)
     pooled, digests = [], []
     with _progress() as progress:
-        entries = progress.track(
-            store.records(), total=store.stats().entries, description="reading back"
-        )
-        for _, record in entries:
+        for _, record in progress.track(
+            store.records(), total=len(entries), description="reading back"
+        ):
             # First, middle and last recorded layer: the label is an average, and these span it.
             layers = sorted(record.maps)
             maps = [
-                decode_causal(
-                    torch.from_numpy(record.maps[layer].copy()),
-                    namespace.num_heads,
-                    namespace.num_kv_heads,
-                    record.length,
+                decode_map(
+                    torch.from_numpy(record.maps[layer].copy()), layouts[layer], record.length
                 )
                 for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
             ]
             pooled.append(record.pooled)
-            digests.append(digest(maps, range(ROW_STRIDE - 1, options.max_tokens, ROW_STRIDE)))
-    if len(pooled) < MIN_ENTRIES:
-        raise SettingsError(
-            f"a store needs at least {MIN_ENTRIES} entries to train its projector, got "
-            f"{len(pooled)} of at least {ROW_STRIDE} tokens; give a larger corpus"
-        )
+            digests.append(digest(maps, positions))
     return torch.from_numpy(np.stack(pooled)).float(), digests
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,19 @@ import numpy as np
 from attncache_vllm.errors import SettingsError
 
 
-def read_corpus(path: Path) -> Iterator[str]:
+@dataclass(frozen=True)
+class Text:
+    """A text, or the pair of texts that a cross-encoder scores as one sequence."""
+
+    text: str
+    pair: str | None = None
+
+
+def read_corpus(path: Path) -> Iterator[Text]:
     """Yield the texts of a corpus, in order, empty ones left out.
 
-    ``.jsonl`` holds one object per line with a string under ``text``; ``.txt`` one text per line.
+    ``.jsonl`` holds one object per line with a string under ``text`` and, for cross-encoders,
+    another under ``text_pair``; ``.txt`` holds one text per line.
 
     Raises:
         SettingsError: another ending, an unreadable file or a malformed line (with its number).
@@ -29,8 +39,10 @@ def read_corpus(path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
-                text = line.strip() if path.suffix == ".txt" else _text_of(line, path, number)
-                if text:
+                if not line.strip():
+                    continue
+                text = Text(line.strip()) if path.suffix == ".txt" else _row(line, path, number)
+                if text.text:
                     yield text
     except OSError as error:
         raise SettingsError(
@@ -40,19 +52,18 @@ def read_corpus(path: Path) -> Iterator[str]:
         raise SettingsError(f"the corpus {str(path)!r} must be UTF-8: {error}") from None
 
 
-def _text_of(line: str, path: Path, number: int) -> str:
-    if not line.strip():
-        return ""
+def _row(line: str, path: Path, number: int) -> Text:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path}:{number} must be a JSON object: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+    text, pair = (row.get("text"), row.get("text_pair")) if isinstance(row, dict) else (None, None)
+    if not isinstance(text, str) or not isinstance(pair, str | None):
         raise SettingsError(
-            f'{path}:{number} must be an object with a string under "text", got {line[:80]!r}'
+            f'{path}:{number} must be an object with a string under "text" (and, for pairs, one '
+            f'under "text_pair"), got {line[:80]!r}'
         )
-    text: str = row["text"]
-    return text.strip()
+    return Text(text.strip(), None if pair is None else pair.strip())
 
 
 def token_hash(token_ids: Sequence[int]) -> bytes:

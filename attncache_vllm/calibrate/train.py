@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from attncache_vllm.calibrate.fidelity import spearman
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.layout import MapLayout
 
 MIN_ENTRIES = 8
 _BATCH_PAIRS = 512
@@ -31,25 +32,28 @@ _LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class MapDigest:
-    """A few rows of an entry's maps, enough to compare it with others in microseconds.
+    """A few rows of an entry's maps, enough to compare it with others quickly.
 
     Attributes:
         length: tokens of the entry.
         positions: sampled row indices, ascending, all below `length`.
-        rows: `[layers * heads, sum(p + 1 for p in positions)]` float16: the visible part of each
-            sampled row, side by side. Shorter entries hold a prefix of a longer one's columns.
+        layouts: heads and mask of each sampled layer.
+        rows: for each sampled layer `[cells]` float16: the visible columns of each sampled row,
+            head after head, position after position. Where the mask is causal they do not depend
+            on `length`, and a shorter entry has a prefix of a longer one's cells.
     """
 
     length: int
     positions: tuple[int, ...]
-    rows: Tensor
+    layouts: tuple[MapLayout, ...]
+    rows: tuple[Tensor, ...]
 
 
-def digest(maps: Sequence[RowBlocks | Tensor], positions: Sequence[int]) -> MapDigest:
+def digest(maps: Sequence[RowBlocks], positions: Sequence[int]) -> MapDigest:
     """Sample the rows at `positions` of one entry's maps.
 
     Args:
-        maps: one map per layer, of the same layers for every entry; dense ones are `[H, L, L]`.
+        maps: one map per layer, of the same layers for every entry.
         positions: row indices, ascending, the same for every entry; those at or past the entry's
             length are left out.
 
@@ -57,7 +61,7 @@ def digest(maps: Sequence[RowBlocks | Tensor], positions: Sequence[int]) -> MapD
         ValueError: no map, maps of unequal length, positions that are not ascending and >= 0, or
             none of them below the length.
     """
-    lengths = {m.length if isinstance(m, RowBlocks) else m.shape[-1] for m in maps}
+    lengths = {m.length for m in maps}
     if len(lengths) != 1:
         raise ValueError(
             f"a digest needs maps of one sequence, got maps of lengths {sorted(lengths)!r}; "
@@ -70,40 +74,64 @@ def digest(maps: Sequence[RowBlocks | Tensor], positions: Sequence[int]) -> MapD
             "positions must be ascending, >= 0, and at least one below the entry's length "
             f"{length}, got {tuple(positions)!r}; sample a row that every entry has"
         )
-    rows = [torch.cat([_row(m, p) for m in maps]) for p in kept]
-    return MapDigest(length, kept, torch.cat(rows, dim=1))
+    rows = tuple(torch.cat([_row(m, p) for p in kept]) for m in maps)
+    return MapDigest(length, kept, tuple(m.layout for m in maps), rows)
 
 
-def _row(maps: RowBlocks | Tensor, position: int) -> Tensor:
-    """Row `position` of every head, `[H, position + 1]` float16."""
-    if isinstance(maps, RowBlocks):
-        block = next(b for b in maps.blocks if position < b.stop)
-        row = block.probs[:, :, position - block.start, : position + 1].flatten(0, 1)
-    else:
-        row = maps[:, position, : position + 1]
-    return row.to("cpu", torch.float16)
+def _row(maps: RowBlocks, position: int) -> Tensor:
+    """The visible columns of row `position`, head after head, float16."""
+    block = next(b for b in maps.blocks if position < b.stop)
+    first, last = maps.layout.mask.columns(position, maps.length)
+    row = block.probs[:, :, position - block.start, first - block.first : last - block.first]
+    return row.to("cpu", torch.float16).flatten()
 
 
 def map_distance(a: MapDigest, b: MapDigest, length_weight: float = 0.0) -> float:
     """The label of a pair: how unlike two entries' maps are.
 
     `mean over heads and common rows of |a - b|_1 / 2`, the total variation distance, in [0, 1],
-    plus `length_weight * (1 - min(length) / max(length))`.
+    plus `length_weight * (1 - min(length) / max(length))`. What a row holds in columns that the
+    other entry does not have counts in full.
 
     Raises:
         ValueError: the digests were sampled from other layers or at other positions.
     """
-    common = min(a.positions, b.positions, key=len)
-    if len(a.rows) != len(b.rows) or any(d.positions[: len(common)] != common for d in (a, b)):
+    long, short = (a, b) if a.length > b.length else (b, a)
+    common = short.positions
+    if a.layouts != b.layouts or long.positions[: len(common)] != common:
         raise ValueError(
             "digests must sample the same layers, heads and positions, "
-            f"got {len(a.rows)} heads at {a.positions!r} and {len(b.rows)} heads at "
-            f"{b.positions!r}; digest every entry with the same arguments"
+            f"got {a.layouts!r} at {a.positions!r} and {b.layouts!r} at {b.positions!r}; "
+            "digest every entry with the same arguments"
         )
-    columns = sum(common) + len(common)
-    l1 = (a.rows[:, :columns] - b.rows[:, :columns]).abs().sum(dtype=torch.float32).item()
-    shorter, longer = sorted((a.length, b.length))
-    return l1 / (2 * len(a.rows) * len(common)) + length_weight * (1 - shorter / longer)
+    l1 = sum(_l1(long, short, layer) for layer in range(len(a.layouts)))
+    rows = len(common) * sum(layout.num_heads for layout in a.layouts)
+    return l1 / (2 * rows) + length_weight * (1 - short.length / long.length)
+
+
+def _l1(long: MapDigest, short: MapDigest, layer: int) -> float:
+    """L1 distance of the common rows of one layer; `short` is zero in the columns it lacks."""
+    layout, rows, others = long.layouts[layer], long.rows[layer], short.rows[layer]
+    if layout.mask.causal or long.length == short.length:
+        return _mass(rows[: len(others)] - others)
+    # Rows at a position begin at one column and end with their text. Equal widths go together.
+    bounds = (
+        [layout.mask.columns(position, d.length) for d in (long, short)]
+        for position in short.positions
+    )
+    widths = ([last - first for first, last in pair] for pair in bounds)
+    total, at, other_at = 0.0, 0, 0
+    for (width, other_width), run in groupby(widths):
+        count = layout.num_heads * len(list(run))
+        wide = rows[at : at + count * width].view(count, width)
+        narrow = others[other_at : other_at + count * other_width].view(count, other_width)
+        total += _mass(wide - F.pad(narrow, (0, width - other_width)))
+        at, other_at = at + count * width, other_at + count * other_width
+    return total
+
+
+def _mass(cells: Tensor) -> float:
+    return cells.abs().sum(dtype=torch.float32).item()
 
 
 @dataclass(frozen=True)

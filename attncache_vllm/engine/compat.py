@@ -128,6 +128,7 @@ def _get_attn_backend_cls(original: Any, selected_backend: Any, *args: Any, **kw
 
     standard_path = original(None, *args, **kwargs)
     hook_weight_processing()
+    hook_model_runner()
     return wrap_backend(standard_path)
 
 
@@ -195,10 +196,15 @@ _SOURCE = "_attncache_source"
 
 @dataclasses.dataclass(frozen=True)
 class MetadataSource:
-    """What attention metadata was built from, and by whom."""
+    """What attention metadata was built from, and by whom.
+
+    ``prompt_lengths`` are the whole lengths of the rows' prompts in tokens, however much of them
+    this step holds; None where the model runner is not the one that seam 5 hooks.
+    """
 
     builder: Any
     common: CommonAttentionMetadata
+    prompt_lengths: list[int] | None = None
 
 
 def forward_context() -> ForwardContext:
@@ -230,7 +236,11 @@ def leave_bypass_counter(
     vllm_config: VllmConfig, counter: Callable[[MetadataSource], None]
 ) -> None:
     """Have ``counter`` called with every batch of an engine none of whose layers has reuse."""
-    for layer in list(vllm_config.compilation_config.static_forward_context.values())[:1]:
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+    # Other entries (state space, mixture of experts ...) have no metadata that our builder makes.
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    for layer in [layer for layer in layers if isinstance(layer, Attention | MLAAttention)][:1]:
         layer.attncache_bypass = counter
 
 
@@ -245,6 +255,12 @@ def bypass_counter(
         if counter is not None:
             return counter
     return None
+
+
+def context_lengths(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Tokens of each row's sequence up to the end of this step ``[B]``, on the CPU."""
+    known = common.seq_lens_cpu_upper_bound
+    return known if known is not None else common.seq_lens.cpu()
 
 
 def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Tensor) -> Any:
@@ -264,6 +280,7 @@ def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Te
 
     starts = common.query_start_loc_cpu
     lengths = (starts[1:] - starts[:-1])[pick_cpu]
+    contexts = context_lengths(common)[pick_cpu]
     start_loc = torch.zeros(len(rows) + 1, dtype=starts.dtype)
     torch.cumsum(lengths, 0, out=start_loc[1:])
     sub = common.replace(
@@ -275,8 +292,7 @@ def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Te
         num_reqs=len(rows),
         num_actual_tokens=int(start_loc[-1]),
         max_query_len=int(lengths.max()),
-        # Whole sequences only: context length and query length are the same.
-        max_seq_len=int(lengths.max()),
+        max_seq_len=int(contexts.max()),
         block_table_tensor=common.block_table_tensor[pick],
         slot_mapping=common.slot_mapping[tokens],
         positions=common.positions[tokens] if common.positions is not None else None,
@@ -301,6 +317,72 @@ def sub_batch(layer_name: str, attn_metadata: Any) -> Iterator[None]:
     )
     with override_forward_context(context):
         yield
+
+
+# --- Seam 5: how long the prompts of a batch are ------------------------------------------------
+# Why:      the first chunk of a long prompt looks like a whole short one: attention metadata tells
+#           how far a step gets, not how far the prompt goes.
+# How:      while the runner builds metadata our builders may ask it for the prompt lengths of its
+#           rows. Hooked only in a process that builds an attention layer with our backend selected.
+# Upstream: vllm/v1/worker/gpu_model_runner.py, GPUModelRunner._build_attention_metadata (the CPU
+#           runner inherits it). Model runner V2 is another class and is not hooked.
+# When:     when CommonAttentionMetadata carries the prompt lengths.
+
+_runner: Any = None
+
+
+def hook_model_runner() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner._build_attention_metadata
+    if getattr(original, "_attncache", False):
+        return
+
+    @functools.wraps(original)
+    def build(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _runner
+        _runner = self
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            _runner = None
+
+    build._attncache = True  # type: ignore[attr-defined]
+    GPUModelRunner._build_attention_metadata = build
+
+
+def prompt_lengths(rows: int) -> list[int] | None:
+    """Whole prompt lengths of the first ``rows`` rows of the batch metadata is being built for."""
+    if _runner is None:
+        return None
+    lengths: list[int] = _runner.input_batch.num_prompt_tokens_cpu_tensor[:rows].tolist()
+    return lengths
+
+
+# --- Seam 6: a model without its weights --------------------------------------------------------
+# Why:      what a hit can skip is decided by the model's modules, and a diagnosis should not load
+#           gigabytes or start an engine to see them.
+# How:      vLLM's own constructor under torch's meta device, in a process group of one.
+# Upstream: vllm/model_executor/model_loader/utils.py, initialize_model
+# When:     when vLLM can describe a model's layers without building them.
+
+
+def build_without_weights(vllm_config: VllmConfig) -> torch.nn.Module:
+    """The model of ``vllm_config`` on the meta device: shapes, no memory. Takes about a second."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.network_utils import get_distributed_init_method, get_open_port
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with set_current_vllm_config(vllm_config):
+        method = get_distributed_init_method("127.0.0.1", get_open_port())
+        init_distributed_environment(1, 0, method, 0, "gloo")
+        ensure_model_parallel_initialized(1, 1)
+        dtype = vllm_config.model_config.dtype
+        with set_default_torch_dtype(dtype), torch.device("meta"):
+            model: torch.nn.Module = initialize_model(vllm_config=vllm_config)
+            return model
 
 
 def get_logger(name: str) -> logging.Logger:

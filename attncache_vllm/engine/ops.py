@@ -9,29 +9,36 @@ state through the engine whose forward pass is running, so engines in one proces
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from attncache_vllm.engine import compat
+from attncache_vllm.engine.modules import AttentionModule
+from attncache_vllm.errors import SettingsError
 
 
-class AttentionTreatment(Protocol):
-    """What runs in place of an attention module: reuse or recording."""
+class ModuleTreatment(Protocol):
+    """What runs in place of an attention module: reuse or recording.
 
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor: ...
+    Found as ``attncache_module`` on vLLM's ``Attention`` layer.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, positions: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 def attncache_attention(
-    hidden_states: torch.Tensor, positions: torch.Tensor, layer_name: str
+    hidden_states: torch.Tensor, positions: torch.Tensor | None, layer_name: str
 ) -> torch.Tensor:
-    """``[T, hidden]`` in and out; see :class:`AttentionTreatment`."""
-    treatment: AttentionTreatment = compat.attention_layer(layer_name).attncache
-    return treatment.forward(positions, hidden_states)
+    """``[T, hidden]`` in and out; see :class:`ModuleTreatment`."""
+    treatment: ModuleTreatment = compat.attention_layer(layer_name).attncache_module
+    return treatment.forward(hidden_states, positions)
 
 
 def _attncache_attention_fake(
-    hidden_states: torch.Tensor, positions: torch.Tensor, layer_name: str
+    hidden_states: torch.Tensor, positions: torch.Tensor | None, layer_name: str
 ) -> torch.Tensor:
     return torch.empty_like(hidden_states)
 
@@ -52,28 +59,47 @@ compat.register_op(
 )
 
 
-def replace_forward(module: torch.nn.Module, layer_name: str) -> None:
-    """Route ``module.forward`` through ``attncache_attention``."""
+def replace_forward(found: AttentionModule, treatment: ModuleTreatment) -> None:
+    """Route the module's forward through ``attncache_attention``.
 
-    def forward(positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.ops.vllm.attncache_attention(hidden_states, positions, layer_name)
+    Only for modules whose forward takes nothing but hidden states and positions.
+    """
+    exact, inputs, layer_name = found.module.forward, found.inputs, found.name
+    assert inputs is not None
+    hidden, positions = inputs.hidden, inputs.positions
+    expected = len(inputs.names)
 
-    module.forward = forward
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given = inputs.given(args, kwargs)
+        if len(given) != expected:  # something travels in the forward's **kwargs
+            answer: torch.Tensor = exact(*args, **kwargs)
+            return answer
+        return torch.ops.vllm.attncache_attention(
+            given[hidden], given[positions] if positions is not None else None, layer_name
+        )
+
+    found.attention.attncache_module = treatment
+    found.module.forward = forward
 
 
-def observe_input(
-    module: torch.nn.Module,
-    layer_name: str,
-    observer: Callable[[torch.Tensor], None],
-    layer: object,
-) -> None:
-    """Call ``observer`` with the module's input before its forward runs, whatever that is."""
-    inner = module.forward
-    layer.attncache_observer = observer  # type: ignore[attr-defined]
+def observe_input(found: AttentionModule, observer: Callable[[torch.Tensor], None]) -> None:
+    """Call ``observer`` with the module's input before its forward runs, whatever that is.
 
-    def forward(positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        torch.ops.vllm.attncache_observe(hidden_states, layer_name)
-        output: torch.Tensor = inner(positions=positions, hidden_states=hidden_states)
+    Raises:
+        SettingsError: the module does not take hidden states.
+    """
+    inputs = found.inputs
+    if inputs is None:
+        raise SettingsError(
+            "the feature layer's attention module must take hidden states, got "
+            f"{type(found.module).__name__} in layer {found.index}; take another layer"
+        )
+    inner, hidden, layer_name = found.module.forward, inputs.hidden, found.name
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        torch.ops.vllm.attncache_observe(inputs.given(args, kwargs)[hidden], layer_name)
+        output: torch.Tensor = inner(*args, **kwargs)
         return output
 
-    module.forward = forward
+    found.attention.attncache_observer = observer
+    found.module.forward = forward

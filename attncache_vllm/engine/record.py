@@ -4,20 +4,25 @@ maps are kept. ``attncache build`` drives it, one sequence per engine step."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import compat
-from attncache_vllm.engine.layer import AttentionModule, ValueProjection
-from attncache_vllm.engine.step import sequences_of
+from attncache_vllm.engine.layer import ExactModule, MapAnswer
+from attncache_vllm.engine.modules import AttentionModule
+from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import apply_map, exact_causal_probs
-from attncache_vllm.reuse.codec import CODEC, decode_causal, encode_causal
+from attncache_vllm.reuse.apply import RowBlocks, apply_map, exact_probs
+from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.feature import pool_tokens
+from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import Record
+
+if TYPE_CHECKING:
+    from attncache_vllm.engine.backend import Exact
 
 # bf16 keeps 8 bits: maps and products that are rounded on the way differ by a fraction of a
 # percent from the standard backend's float32 accumulation. A module that does more than
@@ -28,10 +33,18 @@ PARITY_TOLERANCE = 0.03
 class Recorder:
     """Collects the maps of the sequence that is being prefilled and puts them into the store."""
 
-    def __init__(self, store: LocalStore, settings: RecordSettings, feature_layer: str) -> None:
+    def __init__(
+        self,
+        store: LocalStore,
+        settings: RecordSettings,
+        feature_layer: str,
+        layouts: dict[int, MapLayout],
+    ) -> None:
+        """``feature_layer`` is vLLM's name of it; ``layouts`` are those of the recorded layers."""
         self._store = store
         self._settings = settings
         self._feature_layer = feature_layer
+        self.layouts = layouts
         self._pooled: torch.Tensor | None = None
         self._length = 0
         self._maps: dict[int, torch.Tensor] = {}
@@ -42,14 +55,14 @@ class Recorder:
         source = compat.metadata_source(compat.layer_metadata(self._feature_layer))
         if source is None:
             return  # profiling or warm-up
-        whole, partial = sequences_of(source)
-        if len(whole) != 1 or partial:
+        whole = prompts_of(source).whole
+        if len(whole) != 1 or source.common.num_reqs != 1:
             raise AttnCacheError(
                 "recording takes one whole sequence per step, got "
-                f"{len(whole)} whole and {len(partial)} partial ones; run `attncache build`"
+                f"{len(whole)} of {source.common.num_reqs} rows; run `attncache build`"
             )
         self._length = whole[0].length
-        tokens = hidden_states[whole[0].start : whole[0].start + self._length]
+        tokens = hidden_states[: self._length]
         self._pooled = pool_tokens(tokens, self._settings.slots)
         self._maps = {}
 
@@ -61,8 +74,26 @@ class Recorder:
     def keep(self, layer: int, encoded: torch.Tensor) -> None:
         self._maps[layer] = encoded
 
-    def kept(self, layer: int) -> torch.Tensor | None:
-        return self._maps.get(layer)
+    def kept(self, layer: int, layout: MapLayout, device: torch.device) -> RowBlocks:
+        """The map of a layer that was recorded last, as it will be read back."""
+        if layer not in self._maps:
+            raise AttnCacheError(
+                f"layer {layer} did not pass through the attention implementation that is "
+                "watched; its maps cannot be recorded. Leave it out with --layers"
+            )
+        return decode_map(self._maps[layer], layout, self._length).to(device)
+
+    def check_parity(self, layer: int, own: torch.Tensor, exact: torch.Tensor) -> None:
+        """A sequence's own map must give the model's own answer; remembers the relative error."""
+        error = ((own - exact).float().norm() / exact.float().norm()).item()
+        self.parity[layer] = max(error, self.parity.get(layer, 0.0))
+        if not error <= PARITY_TOLERANCE:
+            raise AttnCacheError(
+                f"layer {layer} does not give its own answer from its own map: relative "
+                f"error must be at most {PARITY_TOLERANCE}, got {error:.4f}. Its attention is "
+                "more than softmax(QK^T) V and an output projection; leave the layer out with "
+                "--layers"
+            )
 
     def commit(self, token_hash: bytes) -> int:
         """Store the sequence recorded last under the hash of its token ids; returns entry id."""
@@ -94,54 +125,65 @@ class Recorder:
         self._store.close()
 
 
-class RecordAttention:
-    """Stands around one attention module whose maps are recorded."""
+class RecordScores:
+    """Stands in place of the standard backend's attention of one layer: exact, and recorded."""
 
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
         self._index = found.index
-        self._heads = (found.attention.num_heads, found.attention.num_kv_heads)
-        self._exact = found.module.forward
-        self._o_proj = found.module.o_proj
-        self._value = ValueProjection(found)
+        self._layout = found.layout
+        self._scale = found.attention.impl.scale
+        # 0 and None both mean no cap, depending on the backend.
+        self._soft_cap = getattr(found.attention.impl, "logits_soft_cap", None) or None
         self._recorder = recorder
 
-    def record_map(self, query: torch.Tensor, key: torch.Tensor, scale: float) -> None:
-        """Called by the attention implementation with q ``[T, H, d]`` and k ``[T, KV, d]``."""
+    def attend(
+        self,
+        exact: Exact,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+    ) -> None:
+        """See :class:`attncache_vllm.engine.backend.ScoresTreatment`."""
+        exact(query, key, value, attn_metadata, output)
         length = self._recorder.length
-        if length:
-            probs = exact_causal_probs(query[:length], key[:length], scale)
-            self._recorder.keep(self._index, encode_causal(probs))
-
-    def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self._exact(positions=positions, hidden_states=hidden_states)
-        if self._recorder.length and self._index not in self._recorder.parity:
-            self._check_parity(hidden_states, output)
-        return output
-
-    def _check_parity(self, hidden_states: torch.Tensor, exact: torch.Tensor) -> None:
-        """Once per layer: the sequence's own map must give the module's own answer."""
-        length = self._recorder.length
-        encoded = self._recorder.kept(self._index)
-        if encoded is None:
-            raise AttnCacheError(
-                f"layer {self._index} did not pass through the attention implementation that is "
-                "watched; its maps cannot be recorded. Leave it out with --layers"
-            )
-        value = self._value(hidden_states[:length])
-        heads = torch.empty(
-            length, self._heads[0] * value.shape[2], dtype=value.dtype, device=value.device
+        if not length:
+            return
+        probs = exact_probs(
+            query[:length], key[:length], self._scale, self._layout.mask, self._soft_cap
         )
-        apply_map(decode_causal(encoded, *self._heads, length).to(value.device), value, heads)
-        own = self._o_proj(heads)[0]
-        error = ((own - exact[:length]).float().norm() / exact[:length].float().norm()).item()
-        self._recorder.parity[self._index] = error
-        if not error <= PARITY_TOLERANCE:
-            raise AttnCacheError(
-                f"layer {self._index} does not give its own answer from its own map: relative "
-                f"error must be at most {PARITY_TOLERANCE}, got {error:.4f}. The attention module "
-                "does more than softmax(QK^T) V and an output projection; leave the layer out "
-                "with --layers"
-            )
+        self._recorder.keep(self._index, encode_map(probs, self._layout.mask))
+        if self._index not in self._recorder.parity:
+            own = torch.empty_like(output[:length])
+            blocks = self._recorder.kept(self._index, self._layout, own.device)
+            apply_map(blocks, value[:length], own.flatten(1))
+            self._recorder.check_parity(self._index, own, output[:length])
+
+
+class RecordModule:
+    """Stands around an attention module of which a hit would compute the V rows only.
+
+    The first sequence is answered from its own map as well: the module must not do more.
+    """
+
+    def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
+        self._exact = ExactModule(found)
+        self._index = found.index
+        self._layout = found.layout
+        self._answer = MapAnswer(found)
+        self._recorder = recorder
+        self._checked = False
+
+    def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        output = self._exact(hidden_states, positions)
+        length = self._recorder.length
+        if length and not self._checked:
+            blocks = self._recorder.kept(self._index, self._layout, output.device)
+            own = self._answer([(blocks, 0, length)], hidden_states[:length])
+            self._recorder.check_parity(self._index, own, output[:length])
+            self._checked = True
+        return output
 
 
 _active: Recorder | None = None
@@ -159,6 +201,14 @@ class RecorderExtension:
 
     def attncache_stats(self) -> dict[str, Any]:
         return _recorder().stats()
+
+    def attncache_layouts(self) -> list[tuple[int, int, int, bool, int | None]]:
+        """Layer, query heads, KV heads, causal and window of every recorded layer: plain values,
+        because vLLM sends no objects between its processes."""
+        return [
+            (layer, layout.num_heads, layout.num_kv_heads, layout.mask.causal, layout.mask.window)
+            for layer, layout in _recorder().layouts.items()
+        ]
 
     def attncache_commit(self, token_hash: bytes) -> dict[str, Any]:
         recorder = _recorder()

@@ -14,15 +14,17 @@ import torch
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
-from attncache_vllm.engine.step import Hit, Sequence, Step, sequences_of
+from attncache_vllm.engine.step import Hit, Sequence, Step, prompts_of
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
-from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import CODEC, decode_causal
+from attncache_vllm.reuse.apply import RowBlocks, crop
+from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import Projector, pool_tokens
-from attncache_vllm.reuse.match import Candidate, Match, choose
+from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.match import Match, choose
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.reuse.resident import ResidentSet
 from attncache_vllm.store.protocol import MapStore, Record
+from attncache_vllm.store.records import MAX_LENGTH
 
 logger = compat.get_logger(__name__)
 
@@ -47,17 +49,21 @@ class Lookups:
         projector: Projector,
         plan: Plan,
         settings: Settings,
-        heads: tuple[int, int],
+        layouts: dict[int, MapLayout],
         device: torch.device,
     ) -> None:
-        """``heads`` is (query heads, KV heads) of a layer; maps are kept on ``device``."""
+        """``layouts`` are those of the layers that reuse maps here; maps are kept on ``device``."""
         self._store = store
         self._projector = projector
-        self._widest_gate = max(
-            (layer.max_distance for layer in plan.layers if layer.source == "cached"), default=0.0
-        )
-        self._heads = heads
+        self._layouts = layouts
         self._device = device
+        self._widest_gate = max(plan.layers[layer].max_distance for layer in layouts)
+        # Layers that a longer entry can serve: causal maps hold the maps of their prefixes.
+        self._longer = frozenset(
+            layer
+            for layer, layout in layouts.items()
+            if layout.mask.causal or plan.layers[layer].crop
+        )
         self.resident: ResidentSet[int, dict[int, RowBlocks]] = ResidentSet(settings.resident_bytes)
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
@@ -97,13 +103,11 @@ class Lookups:
             metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
 
     def _find(self, features: np.ndarray, lengths: list[int], deadline: float) -> list[Hit | None]:
-        neighbours = self._store.lookup(features, lengths, neighbours=NEIGHBOURS, deadline=deadline)
+        longer = bool(self._longer)
+        usable = [(length, MAX_LENGTH if longer else length) for length in lengths]
+        neighbours = self._store.lookup(features, usable, neighbours=NEIGHBOURS, deadline=deadline)
         matches = [
-            choose(
-                [Candidate(n.entry_id, n.distance, n.length) for n in found],
-                length,
-                self._widest_gate,
-            )
+            choose(found, length, self._widest_gate, longer)
             for found, length in zip(neighbours, lengths, strict=True)
         ]
         maps = self._load(
@@ -114,7 +118,10 @@ class Lookups:
     def _hit(self, match: Match | None, maps: dict[int, dict[int, RowBlocks]]) -> Hit | None:
         if match is None or match.entry_id not in maps:
             return None
-        return Hit(match, maps[match.entry_id])
+        entry = maps[match.entry_id]
+        if match.entry_length == match.length:
+            return Hit(match, entry)
+        return Hit(match, {layer: crop(entry[layer], match.length) for layer in self._longer})
 
     def _load(self, entry_ids: list[int], deadline: float) -> dict[int, dict[int, RowBlocks]]:
         found = {entry_id: self.resident.get(entry_id) for entry_id in entry_ids}
@@ -136,9 +143,12 @@ class Lookups:
             return None
         try:
             maps = {
-                layer: decode_causal(torch.from_numpy(payload), *self._heads, record.length)
-                for layer, payload in record.maps.items()
+                layer: decode_map(torch.from_numpy(record.maps[layer]), layout, record.length)
+                for layer, layout in self._layouts.items()
             }
+        except KeyError as error:
+            compat.warn_once(logger, "a record lacks the map of layer %s", str(error))
+            return None
         except ValueError as error:
             compat.warn_once(logger, "a stored map does not fit this model: %s", str(error))
             return None
@@ -188,10 +198,10 @@ class Serving:
         return step
 
     def _begin(self, source: compat.MetadataSource, hidden_states: torch.Tensor) -> Step:
-        whole, partial = sequences_of(source)
-        self.outcomes.bypass("part of a sequence", len(partial))
-        eligible = [seq for seq in whole if seq.length >= self._settings.min_tokens]
-        self.outcomes.bypass("shorter than min_tokens", len(whole) - len(eligible))
+        prompts = prompts_of(source)
+        self.outcomes.bypass("only a part of the prompt in the step", prompts.ending)
+        eligible = [seq for seq in prompts.whole if seq.length >= self._settings.min_tokens]
+        self.outcomes.bypass("shorter than min_tokens", len(prompts.whole) - len(eligible))
         deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
         lookup = self._start_lookup(eligible, hidden_states, deadline) if eligible else None
         if lookup is None:

@@ -13,19 +13,16 @@ import torch
 
 from attncache_vllm.config import RecordSettings, Settings, load_settings
 from attncache_vllm.engine import compat, metrics
-from attncache_vllm.engine.layer import (
-    AttentionModule,
-    ReuseAttention,
-    find_attention_modules,
-    why_not_reusable,
-)
+from attncache_vllm.engine.eligibility import Reach, reach_of, reaches_of, why_engine_bypassed
+from attncache_vllm.engine.layer import ReuseModule, ReuseScores
+from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
 from attncache_vllm.engine.namespace import namespace_of, weights_fingerprint
-from attncache_vllm.engine.record import RecordAttention, Recorder, activate
+from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, activate
 from attncache_vllm.engine.runtime import Lookups, Serving
-from attncache_vllm.engine.step import sequences_of
+from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import SettingsError, StoreError
 from attncache_vllm.reuse.feature import Projector
-from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.plan import LayerPlan, Plan
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import FILE_NAME as MANIFEST_NAME
 from attncache_vllm.store.manifest import Manifest
@@ -37,26 +34,6 @@ if TYPE_CHECKING:
 logger = compat.get_logger(__name__)
 
 
-def why_engine_bypassed(vllm_config: VllmConfig) -> str | None:
-    """The reason why no layer of this engine can reuse maps; None when layers can."""
-    parallel = vllm_config.parallel_config
-    if vllm_config.model_config.runner_type != "pooling":
-        return "generation runner: start with --runner pooling"
-    if vllm_config.model_config.use_mla:
-        return "multi-head latent attention"
-    if vllm_config.cache_config.enable_prefix_caching:
-        return "prefix caching: start with --no-enable-prefix-caching"
-    if vllm_config.scheduler_config.enable_chunked_prefill:
-        return "chunked prefill: start with --no-enable-chunked-prefill"
-    if parallel.tensor_parallel_size > 1 or parallel.pipeline_parallel_size > 1:
-        return "tensor or pipeline parallelism"
-    if vllm_config.lora_config is not None:
-        return "LoRA adapters"
-    if vllm_config.model_config.is_encoder_decoder:
-        return "encoder-decoder model"
-    return None
-
-
 def check_before_start(vllm_config: VllmConfig) -> None:
     """Refuse bad settings and a store of another model before any process is spawned.
 
@@ -65,8 +42,8 @@ def check_before_start(vllm_config: VllmConfig) -> None:
             silently off.
     """
     settings = load_settings(vllm_config.additional_config)
-    bypassed = why_engine_bypassed(vllm_config)
     if settings.record is not None:
+        bypassed = why_engine_bypassed(vllm_config)
         if bypassed is not None:
             raise SettingsError(f"maps cannot be recorded by this engine: {bypassed}")
         if (settings.store / MANIFEST_NAME).exists():
@@ -82,7 +59,7 @@ def attach(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     """Hook the attention modules of a loaded model whose weights are not repacked yet."""
     settings = load_settings(vllm_config.additional_config)
     modules = find_attention_modules(model)
-    namespace = namespace_of(vllm_config, weights_fingerprint(model))
+    namespace = namespace_of(vllm_config, weights_fingerprint(model, modules))
     if settings.record is not None:
         _attach_recording(modules, vllm_config, settings, namespace)
     else:
@@ -102,25 +79,22 @@ def _attach_serving(
             f"a plan needs an entry for each of the model's {namespace.num_layers} layers, got "
             f"{len(plan.layers)}; build the store again"
         )
-    treatments: Counter[str] = Counter()
-    reusable: list[AttentionModule] = []
-    engine_reason = why_engine_bypassed(vllm_config)
-    if not modules:
-        engine_reason = engine_reason or "no attention module with a qkv_proj was found"
-        treatments[f"bypassed: {engine_reason}"] = namespace.num_layers
-    for found in modules:
-        reason = engine_reason or why_not_reusable(found, _hidden_size(vllm_config))
-        if reason is not None:
-            treatments[f"bypassed: {reason}"] += 1
-        elif found.index in plan.reused_layers:
-            treatments["reused"] += 1
-            reusable.append(found)
-        else:
-            treatments["exact"] += 1
+    engine_reason = why_engine_bypassed(
+        vllm_config, reuse_with_prefix_caching=settings.reuse_with_prefix_caching
+    )
+    reaches = reaches_of(modules, vllm_config, namespace.num_layers)
+    if engine_reason is not None:
+        reaches = [Reach("nothing", engine_reason)] * namespace.num_layers
+    treatments = Counter(_treatment(reach, plan.layers[i]) for i, reach in enumerate(reaches))
     for treatment, count in treatments.items():
         metrics.LAYERS.labels(treatment).set(count)
-        if treatment.startswith("bypassed"):
+        if treatment.startswith(("bypassed", "partly")):
             logger.warning("attncache: %d layers %s", count, treatment)
+    reusable = [
+        found
+        for found in modules
+        if found.index in plan.reused_layers and reaches[found.index].skips != "nothing"
+    ]
 
     projector = Projector.from_bytes(store.projector_bytes)
     if projector.hidden_size != _hidden_size(vllm_config):
@@ -129,10 +103,10 @@ def _attach_serving(
             f"{_hidden_size(vllm_config)}; build the store again for this model"
         )
     if reusable:
-        _hook_serving(modules, reusable, plan, projector, store, settings)
+        _hook_serving(modules, reusable, reaches, plan, projector, store, settings)
     else:
         # Nothing will be looked up, but sequences are counted with the reason.
-        reason = engine_reason or next(iter(treatments), "no layer").removeprefix("bypassed: ")
+        reason = next((reaches[i].reason for i in plan.reused_layers), None) or "an exact plan"
         outcomes = metrics.Outcomes(settings.log_interval_s)
         compat.leave_bypass_counter(vllm_config, functools.partial(_count_bypass, reason, outcomes))
     stats = store.stats()
@@ -151,9 +125,19 @@ def _attach_serving(
     )
 
 
+def _treatment(reach: Reach, layer: LayerPlan) -> str:
+    """A layer's label in log and metrics."""
+    if reach.skips == "nothing":
+        return f"bypassed: {reach.reason}"
+    if layer.source == "exact":
+        return "exact"
+    return "reused" if reach.skips == "module" else f"partly: {reach.reason}"
+
+
 def _hook_serving(
     modules: list[AttentionModule],
     reusable: list[AttentionModule],
+    reaches: list[Reach],
     plan: Plan,
     projector: Projector,
     store: LocalStore,
@@ -161,27 +145,27 @@ def _hook_serving(
 ) -> None:
     from attncache_vllm.engine import ops
 
-    attention = reusable[0].attention
     lookups = Lookups(
         store,
         projector,
         plan,
         settings,
-        heads=(attention.num_heads, attention.num_kv_heads),
-        device=reusable[0].module.qkv_proj.weight.device,
+        layouts={found.index: found.layout for found in reusable},
+        device=next(reusable[0].module.parameters()).device,
     )
     feature = _feature_module(modules, plan.feature_layer)
     serving = Serving(plan, lookups, settings, projector.slots, feature.name)
     for found in reusable:
-        found.attention.attncache = ReuseAttention(found, serving)
-        ops.replace_forward(found.module, found.name)
-    ops.observe_input(feature.module, feature.name, serving.observe, feature.attention)
+        if reaches[found.index].skips == "module":
+            ops.replace_forward(found, ReuseModule(found, serving))
+        else:
+            found.attention.attncache_scores = ReuseScores(found, serving)
+    ops.observe_input(feature, serving.observe)
 
 
 def _count_bypass(reason: str, outcomes: metrics.Outcomes, source: compat.MetadataSource) -> None:
-    # A sequence in chunks counts at its first one, where context and query have equal length.
-    whole, _ = sequences_of(source)
-    outcomes.bypass(reason, len(whole))
+    prompts = prompts_of(source)
+    outcomes.bypass(reason, len(prompts.whole) + prompts.ending)
     outcomes.log(logger)
 
 
@@ -201,19 +185,21 @@ def _attach_recording(
             f"layers to record must be attention layers of the model, got {missing!r}; it has "
             f"{[found.index for found in modules]!r}"
         )
-    for found in wanted:
-        reason = why_not_reusable(found, _hidden_size(vllm_config))
-        if reason is not None:
+    reaches = {found.index: reach_of(found, vllm_config) for found in wanted}
+    for index, reach in reaches.items():
+        if reach.skips == "nothing":
             raise SettingsError(
-                f"layer {found.index} cannot be recorded: {reason}; leave it out with --layers"
+                f"layer {index} cannot be recorded: {reach.reason}; leave it out with --layers"
             )
-    store = _open_for_recording(settings.store, settings.record, namespace)
     feature = _feature_module(modules, settings.record.feature_layer)
-    recorder = Recorder(store, settings.record, feature.name)
+    store = _open_for_recording(settings.store, settings.record, namespace)
+    layouts = {found.index: found.layout for found in wanted}
+    recorder = Recorder(store, settings.record, feature.name, layouts)
     for found in wanted:
-        found.attention.attncache = RecordAttention(found, recorder)
-        ops.replace_forward(found.module, found.name)
-    ops.observe_input(feature.module, feature.name, recorder.observe, feature.attention)
+        found.attention.attncache_scores = RecordScores(found, recorder)
+        if reaches[found.index].skips == "module":
+            ops.replace_forward(found, RecordModule(found, recorder))
+    ops.observe_input(feature, recorder.observe)
     activate(recorder)
     logger.info("attncache: recording layers %s into %s", settings.record.layers, settings.store)
 

@@ -21,7 +21,7 @@ from attncache_vllm.reuse.plan import Plan
 
 @dataclass(frozen=True)
 class Sequence:
-    """One whole sequence of the batch: row of the batch and its token range."""
+    """A whole sequence in a batch: its row, the position of its first token, its length."""
 
     row: int
     start: int
@@ -53,7 +53,7 @@ class Split:
     """A batch parted into hits and misses.
 
     ``hit_tokens`` selects the hits' tokens (a slice when they are contiguous, which copies
-    nothing); ``hit_spans`` gives ``(row, start, stop)`` among the selected tokens.
+    nothing); ``hit_spans`` gives ``(row, start, stop)`` in the batch, in its order.
     """
 
     hit_tokens: slice | torch.Tensor
@@ -61,18 +61,36 @@ class Split:
     misses: Misses | None
 
 
-def sequences_of(source: compat.MetadataSource) -> tuple[list[Sequence], list[int]]:
-    """Whole sequences of the batch, and the rows of those of which the step holds only a part."""
+@dataclass(frozen=True)
+class Prompts:
+    """What a step holds of the prompts in its batch.
+
+    Attributes:
+        whole: sequences of which the step holds every token.
+        ending: how many prompts end in this step of which earlier steps, or requests with the
+            same prefix, have computed a part. Every prompt ends once, so counts of these and of
+            ``whole`` count every prompt once.
+    """
+
+    whole: list[Sequence]
+    ending: int
+
+
+def prompts_of(source: compat.MetadataSource) -> Prompts:
+    """The prompts of a batch. Rows that hold an earlier part of a prompt, or that generate, are in
+    neither of the two."""
     starts = source.common.query_start_loc_cpu.tolist()
-    context = source.common.seq_lens_cpu_upper_bound
-    lengths = (context if context is not None else source.common.seq_lens).tolist()
-    whole, partial = [], []
+    contexts = compat.context_lengths(source.common).tolist()
+    whole, ending = [], 0
     for row, (start, stop) in enumerate(pairwise(starts)):
-        if stop - start == lengths[row] > 0:
-            whole.append(Sequence(row, start, stop - start))
-        elif stop > start:
-            partial.append(row)
-    return whole, partial
+        context, computed = contexts[row], contexts[row] - (stop - start)
+        # Unknown prompt lengths: an engine that may part prompts is bypassed then.
+        length = source.prompt_lengths[row] if source.prompt_lengths else context
+        if stop - start == length == context > 0:
+            whole.append(Sequence(row, start, length))
+        elif source.prompt_lengths and computed < length <= context:
+            ending += 1
+    return Prompts(whole, ending)
 
 
 class Step:
@@ -147,19 +165,15 @@ def split_batch(source: compat.MetadataSource, hit_rows: set[int]) -> Split:
     hits = [span for span in spans if span[0] in hit_rows]
     rest = [span for span in spans if span[0] not in hit_rows and span[2] > span[1]]
 
-    hit_spans, filled = [], 0
-    for row, start, stop in hits:
-        hit_spans.append((row, filled, filled + stop - start))
-        filled += stop - start
     device = source.common.seq_lens.device
-    contiguous = hits[-1][2] - hits[0][1] == filled
+    contiguous = hits[-1][2] - hits[0][1] == sum(stop - start for _, start, stop in hits)
     hit_tokens = slice(hits[0][1], hits[-1][2]) if contiguous else _tokens(hits, device)
     misses = None
     if rest:
         tokens = _tokens(rest, device)
         metadata = compat.build_sub_metadata(source, [row for row, _, _ in rest], tokens)
         misses = Misses(tokens, metadata)
-    return Split(hit_tokens, tuple(hit_spans), misses)
+    return Split(hit_tokens, tuple(hits), misses)
 
 
 def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> torch.Tensor:

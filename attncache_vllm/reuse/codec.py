@@ -1,39 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a causal map is stored: the lower triangle of every head, row by row, in bfloat16.
+"""How a map is stored: the visible columns of each row, row by row, per head, in bfloat16.
 
-Half the bytes of the dense map, and `length` alone fixes the place of every row. A row holds its
-`r + 1` visible columns, so the rows of one head lie at the triangular numbers `r * (r + 1) / 2`.
+What the mask hides takes no space, so a causal map is half its dense self, and the mask and
+`length` alone fix the place of every row.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import (
-    RowBlock,
-    RowBlocks,
-    block_bounds,
-    query_heads_per_kv_head,
-)
+from attncache_vllm.reuse.apply import RowBlock, RowBlocks, block_bounds
+from attncache_vllm.reuse.layout import MapLayout, Mask
 
-CODEC = "tril-bf16"
+CODEC = "visible-bf16"
 
 
-def encoded_bytes(num_heads: int, length: int) -> int:
-    """Bytes of an encoded map of `num_heads` query heads over `length` tokens."""
-    return num_heads * _triangle(length) * 2
+def encoded_bytes(layout: MapLayout, length: int) -> int:
+    """Bytes of an encoded map of `length` tokens."""
+    return layout.num_heads * layout.mask.cells(length) * 2
 
 
-def encode_causal(probs: Tensor) -> Tensor:
-    """Encode a causal map; what lies above the diagonal is dropped.
+def encode_map(probs: Tensor, mask: Mask) -> Tensor:
+    """Encode a map; what the mask hides is dropped.
 
     Args:
         probs: `[H, N, N]` attention probabilities of any float dtype.
+        mask: which columns a row sees.
 
     Returns:
-        `[encoded_bytes(H, N)]` uint8, on the CPU.
+        `[H * mask.cells(N) * 2]` uint8, on the CPU; see `encoded_bytes`.
 
     Raises:
         ValueError: the shape is not `[H, N, N]`, the dtype is not a float, or a probability is
@@ -47,10 +46,13 @@ def encode_causal(probs: Tensor) -> Tensor:
     if not probs.is_floating_point():
         raise ValueError(f"a map must have a float dtype, got {probs.dtype!r}; pass probabilities")
     num_heads, length, _ = probs.shape
-    encoded = torch.empty(num_heads, _triangle(length), dtype=torch.bfloat16)
+    encoded = torch.empty(num_heads, mask.cells(length), dtype=torch.bfloat16)
     source, target = _as_numpy(probs.detach().to("cpu", torch.bfloat16)), _as_numpy(encoded)
-    for row in range(length):
-        target[:, _triangle(row) : _triangle(row + 1)] = source[:, row, : row + 1]
+    if target.shape[1] == length**2:
+        target[:] = source.reshape(num_heads, -1)
+    else:
+        for row, (columns, cells) in enumerate(_places(mask, length)):
+            target[:, cells] = source[:, row, columns]
     low, high = (float(bound) for bound in encoded.aminmax())
     if not (low >= 0 and high <= 1):  # also false for NaN, which aminmax passes on
         raise ValueError(
@@ -60,23 +62,23 @@ def encode_causal(probs: Tensor) -> Tensor:
     return encoded.view(-1).view(torch.uint8)
 
 
-def decode_causal(payload: Tensor, num_heads: int, num_kv_heads: int, length: int) -> RowBlocks:
-    """Decode what `encode_causal` made into the row blocks that `apply_map` multiplies.
+def decode_map(payload: Tensor, layout: MapLayout, length: int) -> RowBlocks:
+    """Decode what `encode_map` made into the row blocks that `apply_map` multiplies.
 
     Args:
         payload: 1-D contiguous uint8 on the CPU; may be a read-only view of a memory map. It is
             copied from, not kept.
-        num_heads: query heads.
-        num_kv_heads: KV heads; divides `num_heads`.
+        layout: heads and mask of the layer.
         length: tokens of the stored sequence.
 
     Raises:
         ValueError: the payload or its size does not fit the numbers. Checked before anything is
             allocated.
     """
-    group = query_heads_per_kv_head(num_heads, num_kv_heads)
-    bounds = block_bounds(length)
-    expected = encoded_bytes(num_heads, length)
+    mask, heads = layout.mask, layout.num_heads
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length!r}; skip empty sequences")
+    expected = encoded_bytes(layout, length)
     if (
         payload.dtype != torch.uint8
         or payload.shape != (expected,)
@@ -84,24 +86,37 @@ def decode_causal(payload: Tensor, num_heads: int, num_kv_heads: int, length: in
         or payload.storage_offset() % 2
     ):
         raise ValueError(
-            f"a {CODEC} map of {num_heads} heads x {length} tokens must be {expected} contiguous "
+            f"a {mask} map of {heads} heads x {length} tokens must be {expected} contiguous "
             f"uint8 bytes at an even offset, got {payload.dtype!r} {tuple(payload.shape)!r}; "
             "treat the record as damaged"
         )
-    source = _as_numpy(payload.view(torch.bfloat16).view(num_heads, -1))
+    source = _as_numpy(payload.view(torch.bfloat16).view(heads, -1))
     blocks = []
-    for start, stop in bounds:
-        probs = torch.zeros(num_heads, stop - start, stop, dtype=torch.bfloat16)
+    for start, stop in block_bounds(mask, length):
+        first, last = mask.columns(start, length)[0], mask.columns(stop - 1, length)[1]
+        probs = torch.zeros(heads, stop - start, last - first, dtype=torch.bfloat16)
         target = _as_numpy(probs)
-        for row in range(start, stop):
-            target[:, row - start, : row + 1] = source[:, _triangle(row) : _triangle(row + 1)]
-        blocks.append(RowBlock(start, stop, probs.view(num_kv_heads, group, stop - start, stop)))
-    return RowBlocks(length, num_heads, num_kv_heads, tuple(blocks))
+        if source.shape[1] == length**2:  # then this is the only block
+            target[:] = source.reshape(target.shape)
+        else:
+            for row, (columns, cells) in enumerate(_places(mask, length)[start:stop]):
+                seen = slice(columns.start - first, columns.stop - first)
+                target[:, row, seen] = source[:, cells]
+        probs = probs.view(layout.num_kv_heads, layout.group, stop - start, last - first)
+        blocks.append(RowBlock(start, stop, first, last, probs))
+    return RowBlocks(layout, length, tuple(blocks))
 
 
-def _triangle(rows: int) -> int:
-    """Elements in the first `rows` rows of a lower triangle."""
-    return rows * (rows + 1) // 2
+# The maps of an entry have one length and hardly more than two masks.
+@lru_cache(maxsize=4)
+def _places(mask: Mask, length: int) -> list[tuple[slice, slice]]:
+    """For each row the columns it sees, and where an encoded head has them."""
+    places, at = [], 0
+    for row in range(length):
+        first, last = mask.columns(row, length)
+        places.append((slice(first, last), slice(at, at + last - first)))
+        at += last - first
+    return places
 
 
 def _as_numpy(probs: Tensor) -> np.ndarray:

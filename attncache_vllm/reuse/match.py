@@ -5,20 +5,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What a store's lookup returns: an entry, its feature distance (L2), its length in tokens."""
+class Candidate(Protocol):
+    """An entry near a sequence, as a store's lookup returns it."""
 
-    entry_id: int
-    distance: float
-    length: int
+    @property
+    def entry_id(self) -> int:
+        """The store's id of the entry."""
+
+    @property
+    def distance(self) -> float:
+        """L2 distance of the features."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of the entry."""
 
 
 @dataclass(frozen=True)
 class Match:
-    """An entry whose leading `length` x `length` map block serves a sequence.
+    """An entry whose maps serve a sequence: by their leading block, if the entry is longer.
 
     Attributes:
         entry_id: the store's id of the entry.
@@ -33,13 +41,21 @@ class Match:
     entry_length: int
 
 
-def choose(candidates: Iterable[Candidate], length: int, max_distance: float) -> Match | None:
-    """The nearest candidate that is close enough and long enough, None if there is none.
+def choose(
+    candidates: Iterable[Candidate], length: int, max_distance: float, longer: bool
+) -> Match | None:
+    """The nearest candidate that is close enough and has the right length, None if there is none.
 
-    Close enough is AttnCache's threshold gate (arXiv 2510.25979); long enough, because a causal
-    map holds the maps of its prefixes only. Of equally near candidates the shortest wins, as it
-    is the cheapest to load, then the lowest id, so that the order of `candidates` never matters.
-    A NaN distance is never close enough.
+    Close enough is AttnCache's threshold gate (arXiv 2510.25979). Of equally near candidates the
+    shortest wins, as it is the cheapest to load, then the lowest id, so that the order of
+    `candidates` never matters. A NaN distance is never close enough.
+
+    Args:
+        candidates: what the store found, in any order.
+        length: tokens of the sequence.
+        max_distance: the widest distance that is close enough.
+        longer: whether entries longer than the sequence may serve it. A causal map holds the maps
+            of its prefixes, a bidirectional one only crops of itself.
 
     Raises:
         ValueError: `length` is below 1.
@@ -47,7 +63,11 @@ def choose(candidates: Iterable[Candidate], length: int, max_distance: float) ->
     if length < 1:
         raise ValueError(f"length must be at least 1, got {length!r}; skip empty sequences")
     nearest = min(
-        (c for c in candidates if c.length >= length and c.distance <= max_distance),
+        (
+            c
+            for c in candidates
+            if (c.length == length or (longer and c.length > length)) and c.distance <= max_distance
+        ),
         key=lambda c: (c.distance, c.length, c.entry_id),
         default=None,
     )

@@ -19,13 +19,17 @@ class LayerPlan:
         source: `exact` computes the map, `cached` takes it from a match.
         max_distance: largest feature distance (L2) at which a `cached` layer takes the match;
             an `exact` layer does not read it.
+        crop: whether a longer bidirectional map may serve, cropped and scaled to row sums of 1.
+            A causal layer does not read it: its maps hold those of their prefixes exactly.
 
     Raises:
-        ValueError: the source is unknown or the gate is not a finite number >= 0.
+        ValueError: the source is unknown, the gate is not a finite number >= 0, or crop is not a
+            bool.
     """
 
     source: Source
     max_distance: float = 0.0
+    crop: bool = False
 
     def __post_init__(self) -> None:
         if self.source not in get_args(Source):
@@ -44,6 +48,10 @@ class LayerPlan:
                 "0 accepts identical features only"
             )
         object.__setattr__(self, "max_distance", float(gate))
+        if not isinstance(self.crop, bool):
+            raise ValueError(
+                f"crop must be true or false, got {self.crop!r}; false serves equal lengths only"
+            )
 
 
 @dataclass(frozen=True)
@@ -87,9 +95,14 @@ class Plan:
 
     @classmethod
     def reusing(
-        cls, num_layers: int, layers: Iterable[int], max_distance: float, feature_layer: int = 0
+        cls,
+        num_layers: int,
+        layers: Iterable[int],
+        max_distance: float,
+        feature_layer: int = 0,
+        crop: bool = False,
     ) -> Plan:
-        """A plan that reuses `layers` (indices), all behind one gate.
+        """A plan that reuses `layers` (indices), all behind one gate and all cropping or none.
 
         Raises:
             ValueError: a layer is not in `0..num_layers - 1`, or as for `Plan`.
@@ -100,20 +113,22 @@ class Plan:
                 f"reused layers must be in 0..{num_layers - 1}, got {sorted(unknown)!r}; "
                 "count the model's layers from 0"
             )
-        exact, cached = LayerPlan("exact"), LayerPlan("cached", max_distance)
+        exact, cached = LayerPlan("exact"), LayerPlan("cached", max_distance, crop)
         return cls(
             feature_layer, tuple(cached if i in reused else exact for i in range(num_layers))
         )
 
     @classmethod
-    def last_third(cls, num_layers: int, max_distance: float, feature_layer: int = 0) -> Plan:
+    def last_third(
+        cls, num_layers: int, max_distance: float, feature_layer: int = 0, crop: bool = False
+    ) -> Plan:
         """A plan that reuses the last third of the layers (at least one), the cheapest to lose.
 
         Raises:
             ValueError: as for `Plan`.
         """
         first = num_layers - max(1, num_layers // 3)
-        return cls.reusing(num_layers, range(first, num_layers), max_distance, feature_layer)
+        return cls.reusing(num_layers, range(first, num_layers), max_distance, feature_layer, crop)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain ints, floats, strings, lists and dicts; `from_dict` reads it back."""
@@ -135,7 +150,7 @@ class Plan:
                 f"a plan's layers must be a list, got {fields['layers']!r}; give one per layer"
             )
         layers = [
-            LayerPlan(**_fields(f"layer {i} of a plan", layer, {"source", "max_distance"}))
+            LayerPlan(**_fields(f"layer {i} of a plan", layer, {"source", "max_distance", "crop"}))
             for i, layer in enumerate(fields["layers"])
         ]
         return cls(fields["feature_layer"], tuple(layers))

@@ -10,8 +10,10 @@ from attncache_vllm.store.protocol import (
     StoreStats,
     VerifyReport,
 )
+from attncache_vllm.store.records import MAX_LENGTH
 
 __all__ = [
+    "MAX_LENGTH",
     "LocalStore",
     "MapStore",
     "Namespace",

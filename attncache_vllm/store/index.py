@@ -13,6 +13,12 @@ from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store.protocol import Neighbour
 
 Features = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+# Where fewer than one entry in so many will do for a query, it is compared with these directly. On
+# one core, with 100,000 rows of 128 dimensions and ten neighbours, both ways take about 3 ms at
+# this share; with 50 entries that will do, the direct one takes 0.03 ms, growing proposals 10 ms.
+_RARE = 16
 
 
 def build_index(features: Features, factory: str) -> faiss.Index:
@@ -62,24 +68,28 @@ class FeatureIndex:
     def __init__(self, index: faiss.Index, features: Features, lengths: Sequence[int]) -> None:
         self._index = index
         self._features = features
-        self._lengths = np.asarray(lengths, dtype=np.int64)
-        self._ascending = np.sort(self._lengths)
+        self._lengths = _Lengths(np.asarray(lengths, dtype=np.int64))
 
     def forget(self, entry_id: int) -> None:
         """Never answer with ``entry_id`` again; an id that is not indexed is ignored."""
-        if entry_id < len(self._lengths):
-            # A new array, so that a search in another thread keeps a consistent pair.
-            lengths = self._lengths.copy()
+        if entry_id < len(self._lengths.of_entry):
+            # A new object, so that a search in another thread keeps a consistent one.
+            lengths = self._lengths.of_entry.copy()
             lengths[entry_id] = 0
-            self._lengths, self._ascending = lengths, np.sort(lengths)
+            self._lengths = _Lengths(lengths)
 
     def search(
-        self, queries: Features, lengths: Sequence[int], neighbours: int, deadline: float
+        self,
+        queries: Features,
+        lengths: Sequence[tuple[int, int]],
+        neighbours: int,
+        deadline: float,
     ) -> list[list[Neighbour]]:
-        """The nearest entries that are long enough, nearest first; see ``MapStore.lookup``.
+        """The nearest entries of a length that will do, nearest first; see ``MapStore.lookup``.
 
         An exact index ("Flat") gives the true nearest. Entries are proposed in growing numbers
-        until enough are long enough or faiss has no more to propose.
+        until enough have a length that will do or faiss has no more to propose. Where few have
+        one, these are compared directly, which is exact with any index.
         """
         dim = self._features.shape[1]
         if queries.ndim != 2 or queries.shape != (len(lengths), dim):
@@ -87,15 +97,22 @@ class FeatureIndex:
                 f"features must be [{len(lengths)}, {dim}], got {list(queries.shape)!r}"
             )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        entry_lengths, ascending = self._lengths, self._ascending
-        total = len(entry_lengths)
-        long_enough = total - np.searchsorted(ascending, np.maximum(lengths, 1))
-        wanted = np.minimum(long_enough, max(neighbours, 0))
+        entries, total = self._lengths, len(self._features)
+        shortest, longest = np.asarray(lengths, dtype=np.int64).reshape(len(lengths), 2).T
+        shortest = np.maximum(shortest, 1)  # no forgotten entry
+        start, stop = entries.places(shortest, longest)
+        usable = stop - start
+        wanted = np.minimum(usable, max(neighbours, 0))
+        wanted[~np.isfinite(queries).all(axis=1)] = 0
 
         answers: list[list[Neighbour]] = [[] for _ in lengths]
-        pending = np.flatnonzero(wanted)
+        rare = usable * _RARE <= total
+        for query in np.flatnonzero(rare & (wanted > 0)).tolist():
+            ids = entries.ascending_ids[start[query] : stop[query]]
+            answers[query] = self._nearest(queries[query], ids, entries, neighbours)
+        pending = np.flatnonzero(~rare & (wanted > 0))
         # Twice what would do if length and distance were independent.
-        rarity = np.max(wanted * total / np.maximum(long_enough, 1), initial=0)
+        rarity = np.max(wanted[pending] * total / usable[pending], initial=0)
         proposals = 2 * max(neighbours, int(rarity))
         while pending.size:
             raise_if_late(deadline)
@@ -105,13 +122,11 @@ class FeatureIndex:
             unanswered = []
             for query, ids in zip(pending.tolist(), proposed, strict=True):
                 ids = ids[ids >= 0]
-                ids = ids[entry_lengths[ids] >= max(lengths[query], 1)]
+                found = entries.of_entry[ids]
+                ids = ids[(found >= shortest[query]) & (found <= longest[query])]
                 if len(ids) >= wanted[query] or proposals == total:
-                    closest = self._closest(queries[query], ids[: 4 * neighbours])[:neighbours]
-                    answers[query] = [
-                        Neighbour(entry_id, distance, int(entry_lengths[entry_id]))
-                        for distance, entry_id in closest
-                    ]
+                    ids = ids[: 4 * neighbours]
+                    answers[query] = self._nearest(queries[query], ids, entries, neighbours)
                 else:
                     unanswered.append(query)
             pending = np.asarray(unanswered, dtype=np.int64)
@@ -119,9 +134,29 @@ class FeatureIndex:
         raise_if_late(deadline)
         return answers
 
-    def _closest(self, query: Features, ids: NDArray[np.int64]) -> list[tuple[float, int]]:
+    def _nearest(
+        self, query: Features, ids: Ids, entries: "_Lengths", neighbours: int
+    ) -> list[Neighbour]:
         distances = np.linalg.norm(self._features[ids] - query, axis=1)
-        return sorted(zip(distances.tolist(), ids.tolist(), strict=True))
+        order = np.lexsort((ids, distances))[:neighbours]
+        found = zip(ids[order], distances[order], entries.of_entry[ids[order]], strict=True)
+        return [Neighbour(int(i), float(distance), int(length)) for i, distance, length in found]
+
+
+class _Lengths:
+    """The length of each entry, 0 for a forgotten one, and the entries in order of length."""
+
+    def __init__(self, of_entry: Ids) -> None:
+        self.of_entry = of_entry
+        self.ascending_ids = np.argsort(of_entry, kind="stable")
+        self._ascending = of_entry[self.ascending_ids]
+
+    def places(self, shortest: Ids, longest: Ids) -> tuple[Ids, Ids]:
+        """Where in ``ascending_ids`` the lengths from shortest to longest start and stop."""
+        return (
+            np.searchsorted(self._ascending, shortest, side="left"),
+            np.searchsorted(self._ascending, longest, side="right"),
+        )
 
 
 def raise_if_late(deadline: float) -> None:

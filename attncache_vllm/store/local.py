@@ -160,7 +160,7 @@ class LocalStore:
     def lookup(
         self,
         features: Features,
-        lengths: Sequence[int],
+        lengths: Sequence[tuple[int, int]],
         *,
         neighbours: int,
         deadline: float,

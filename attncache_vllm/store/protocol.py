@@ -79,7 +79,7 @@ class Record:
 
     Attributes:
         token_hash: 32 bytes that identify the sequence.
-        length: tokens of the sequence; a causal map of this length serves every shorter query.
+        length: tokens of the sequence. Which other lengths its maps serve is for the asker to say.
         codec: name of the encoding of ``maps``, which a store neither knows nor needs to know.
         pooled: float32 ``[slots, hidden]``, the pooled feature-layer input; kept as float16.
         maps: layer number to its encoded map, uint8 ``[bytes]``. Loaded maps are read-only views
@@ -136,7 +136,7 @@ class MapStore(Protocol):
     def lookup(
         self,
         features: NDArray[np.float32],
-        lengths: Sequence[int],
+        lengths: Sequence[tuple[int, int]],
         *,
         neighbours: int,
         deadline: float,
@@ -145,7 +145,8 @@ class MapStore(Protocol):
 
         Args:
             features: float32 ``[B, F]``, one row per query.
-            lengths: B query lengths in tokens; an entry shorter than its query is no answer.
+            lengths: for each query the shortest and the longest entry, in tokens, both inclusive,
+                that is an answer. ``MAX_LENGTH`` is no bound.
             neighbours: how many entries a query wants at most.
             deadline: instant after which the answer is of no use.
         """

@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from attncache_vllm.calibrate.train import (
@@ -13,40 +16,77 @@ from attncache_vllm.calibrate.train import (
     train_projector,
 )
 from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import decode_causal, encode_causal
+from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.layout import MapLayout, Mask
 
 POSITIONS = (3, 20, 69, 200)
+CAUSAL, BIDIRECTIONAL = (Mask(), Mask()), (Mask(causal=False), Mask(causal=False))
+masks = st.builds(
+    Mask, causal=st.booleans(), window=st.sampled_from([None, 1, 2, 17, 64, 65, 250, 400])
+)
+lengths = st.one_of(st.integers(4, 320), st.sampled_from([69, 70, 200, 201]))
 
 
-def random_maps(seed: int, length: int, layers: int = 2) -> list[Tensor]:
+def stored(probs: Tensor, mask: Mask) -> RowBlocks:
+    """``[H, L, L]`` as a store gives it back, two query heads to a KV head if they are even."""
+    heads = len(probs)
+    layout = MapLayout(heads, heads // 2 if heads % 2 == 0 else heads, mask)
+    return decode_map(encode_map(probs, mask), layout, probs.shape[1])
+
+
+def random_maps(seed: int, length: int, masks: Sequence[Mask] = CAUSAL) -> list[RowBlocks]:
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(layers, 4, length, length, generator=generator) * 2
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return list(scores.masked_fill(future, float("-inf")).softmax(-1))
+    maps = []
+    for mask in masks:
+        scores = torch.randn(4, length, length, generator=generator) * 2
+        scores.masked_fill_(~mask.visible(length), float("-inf"))
+        maps.append(stored(scores.softmax(-1), mask))
+    return maps
 
 
-def row_blocks(probs: Tensor) -> RowBlocks:
-    return decode_causal(encode_causal(probs), len(probs), 2, probs.shape[1])
+def mean_total_variation(long: list[RowBlocks], short: list[RowBlocks]) -> float:
+    """By definition, with the columns that ``short`` does not have as zeros."""
+    rows = []
+    for a, b in zip(long, short, strict=True):
+        for p in (p for p in POSITIONS if p < b.length):
+            ours, theirs = a.to_dense()[:, p].double(), b.to_dense()[:, p].double()
+            theirs = F.pad(theirs, (0, a.length - b.length))
+            rows.append((ours - theirs).abs().sum(-1).mean() / 2)
+    return torch.stack(rows).mean().item()
 
 
-def test_map_distance_is_the_mean_total_variation_of_the_common_rows() -> None:
-    long, short = random_maps(1, 300), random_maps(2, 100)
-    rows = [
-        (a[:, p, : p + 1] - b[:, p, : p + 1]).abs().sum(-1).mean() / 2
-        for a, b in zip(long, short, strict=True)
-        for p in (3, 20, 69)
-    ]
-    distance = map_distance(digest(long, POSITIONS), digest(short, POSITIONS))
-    assert distance == pytest.approx(torch.stack(rows).mean().item(), abs=1e-3)
+@settings(deadline=None)
+@given(st.tuples(masks, masks), lengths, lengths)
+def test_map_distance_is_the_mean_total_variation_of_the_common_rows(
+    masks: tuple[Mask, Mask], a: int, b: int
+) -> None:
+    long, short = random_maps(1, max(a, b), masks), random_maps(2, min(a, b), masks)
+    first, second = digest(long, POSITIONS), digest(short, POSITIONS)
+    distance = map_distance(first, second)
+    assert distance == pytest.approx(mean_total_variation(long, short), abs=1e-3)
+    assert distance == map_distance(second, first)
+    assert 0 <= distance <= 1.005  # rows of rounded probabilities sum to 1 within 2^-8
 
 
-def test_map_distance_is_zero_to_itself_one_to_the_opposite_and_symmetric() -> None:
-    first, last = torch.zeros(2, 4, 80, 80), torch.eye(80).expand(2, 4, 80, 80)
+@pytest.mark.parametrize("masks", [CAUSAL, BIDIRECTIONAL], ids=["causal", "bidirectional"])
+def test_map_distance_is_zero_to_itself_and_one_to_the_opposite(masks: tuple[Mask, Mask]) -> None:
+    first, last = torch.zeros(4, 80, 80), torch.eye(80).expand(4, 80, 80)
     first[..., 0] = 1
-    a, b = digest(list(first), POSITIONS), digest(list(last), POSITIONS)
+    a, b = (digest([stored(probs, mask) for mask in masks], POSITIONS) for probs in (first, last))
     assert map_distance(a, a) == 0
-    assert map_distance(a, b) == map_distance(b, a) == 1
+    assert map_distance(a, b) == 1
+
+
+def test_what_a_longer_text_adds_counts_only_where_it_is_seen() -> None:
+    short, long = torch.eye(80).expand(4, 80, 80), torch.eye(90).expand(4, 90, 90).clone()
+    long[:, 20, 20], long[:, 20, 85] = 0.25, 0.75  # one of three common rows
+    for mask, distance in ((Mask(causal=False), 0.25), (Mask(causal=False, window=30), 0.0)):
+        visible = torch.where(mask.visible(90), long, 0)
+        visible[:, 20, 20] += 1 - visible[:, 20].sum(-1)
+        maps = [stored(visible, mask)], [stored(short, mask)]
+        ours, theirs = (digest(m, POSITIONS) for m in maps)
+        assert map_distance(ours, theirs) == map_distance(theirs, ours) == distance
 
 
 def test_unequal_lengths_are_charged_by_their_weight() -> None:
@@ -56,12 +96,24 @@ def test_unequal_lengths_are_charged_by_their_weight() -> None:
     assert map_distance(long, short, 0.4) == map_distance(short, long, 0.4)
 
 
-def test_a_digest_of_stored_maps_is_the_digest_of_the_maps() -> None:
-    maps = random_maps(1, 150)
-    from_blocks, dense = digest([row_blocks(m) for m in maps], POSITIONS), digest(maps, POSITIONS)
-    assert from_blocks.positions == dense.positions == (3, 20, 69)
-    torch.testing.assert_close(from_blocks.rows, dense.rows, rtol=2**-8, atol=1e-6)
-    assert map_distance(from_blocks, dense) < 2**-9
+def test_a_digest_holds_what_its_rows_see_and_no_more() -> None:
+    maps = random_maps(1, 150, (Mask(), Mask(window=16), Mask(causal=False)))
+    found = digest(maps, POSITIONS)
+    assert found.positions == (3, 20, 69)
+    assert [len(rows) for rows in found.rows] == [4 * (4 + 21 + 70), 4 * (4 + 16 + 16), 4 * 450]
+    for stored_map, rows in zip(maps, found.rows, strict=True):
+        dense, seen = stored_map.to_dense(), stored_map.layout.mask.visible(150)
+        cells = [dense[:, p, seen[p]].flatten() for p in found.positions]
+        assert torch.equal(rows, torch.cat(cells).half())
+
+
+@pytest.mark.parametrize("mask", [Mask(), Mask(window=16)], ids=str)
+def test_a_shorter_causal_text_is_compared_with_the_cells_of_its_prefix(mask: Mask) -> None:
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.rand(4, 300, 300, generator=generator)
+    long, short = (digest([stored(probs[:, :n, :n], mask)], POSITIONS) for n in (300, 100))
+    assert torch.equal(long.rows[0][: len(short.rows[0])], short.rows[0])
+    assert map_distance(long, short) == 0
 
 
 @pytest.mark.parametrize("positions", [(), (-1, 3), (3, 3), (9, 3), (100, 200)])
@@ -79,9 +131,12 @@ def test_maps_of_several_sequences_are_no_digest() -> None:
 
 def test_digests_of_other_rows_are_not_compared() -> None:
     maps = random_maps(1, 100)
-    for other in (digest(maps, (3, 21)), digest(maps[:1], POSITIONS)):
+    others = digest(maps, (3, 21)), digest(maps[:1], POSITIONS)
+    for other in (*others, digest(random_maps(1, 100, BIDIRECTIONAL), POSITIONS)):
         with pytest.raises(ValueError, match="same layers, heads and positions"):
             map_distance(digest(maps, POSITIONS), other)
+    with pytest.raises(ValueError, match="same layers, heads and positions"):
+        map_distance(digest(random_maps(1, 200), (3,)), digest(maps, (3, 20)))
 
 
 def corpus(
@@ -100,7 +155,7 @@ def corpus(
     pooled = torch.einsum("nt,tsd->nsd", topics, torch.randn(4, 8, 32, generator=generator))
     pooled += noise * torch.randn(pooled.shape, generator=generator)
     pooled += common * torch.randn(8, 32, generator=generator)
-    return pooled, [digest([m], (7, 15, 39)) for m in maps]
+    return pooled, [digest([stored(m, Mask())], (7, 15, 39)) for m in maps]
 
 
 def train(seed: int = 0, epochs: int = 15) -> tuple[Projector, TrainReport]:

@@ -1,63 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches as vLLM's runner describes them to a metadata builder."""
+"""Batches as vLLM's runner describes them, built and attended to by a backend of a few lines."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from vllm.v1.attention.backend import CommonAttentionMetadata
+from torch import Tensor
+from vllm.utils.import_utils import resolve_obj_by_qualname
+from vllm.v1.attention.backend import AttentionBackend, AttentionType, CommonAttentionMetadata
 
 from attncache_vllm.engine import compat
+from attncache_vllm.engine.backend import wrap_backend
 
-SLOT_OF_FIRST_TOKEN = 1000
+# A row's tokens lie in one block of the KV cache, that of its number and one.
+BLOCK_SIZE = 256
+PADDING_SLOT = -1
 
 
-class Builder:
-    """A metadata builder that keeps what it was given, and is observed as ours is."""
+class StandardBuilder:
+    """Keeps what it was given."""
 
-    def build(self, common_prefix_len: int, common: CommonAttentionMetadata) -> Any:
+    def __init__(
+        self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
+    ) -> None:
+        self.given = (kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+    ) -> Any:
         assert common_prefix_len == 0
-        metadata = SimpleNamespace(common=common)
-        compat.remember_source(metadata, compat.MetadataSource(self, common))
-        return metadata
+        return SimpleNamespace(common=common_attn_metadata, fast=fast_build)
 
 
-def batch(lengths: Sequence[int], context: Sequence[int] | None = None) -> Any:
-    """Metadata of a step of these query lengths; ``context`` are the lengths with what came before.
+class StandardImpl:
+    """Exact attention in float32, row by row of its metadata.
 
-    Row r has block table ``[r, r + 100]``, token t has slot ``SLOT_OF_FIRST_TOKEN + t``.
+    Keys and values of a decoder are those of the paged ``kv_cache`` ``[2, blocks, BLOCK_SIZE, KV,
+    d]``, so that a wrong slot, block, length or position gives a wrong answer.
+    """
+
+    logits_soft_cap = 0.0
+    alibi_slopes = None
+    supports_quant_query_input = False
+
+    def __init__(self, scale: float, attn_type: str, window: int | None) -> None:
+        self.scale, self.attn_type, self.window = scale, attn_type, window
+        self.slots_written: list[int] = []
+        self.calls: list[SimpleNamespace] = []
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
+    ) -> None:
+        if self.attn_type == AttentionType.ENCODER_ONLY:
+            return
+        written = slots != PADDING_SLOT
+        kv_cache.flatten(1, 2)[:, slots[written]] = torch.stack([key, value])[:, written]
+        self.slots_written += slots[written].tolist()
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Any,
+        output: Tensor,
+        output_scale: Any = None,
+        output_block_scale: Any = None,
+    ) -> Tensor:
+        scales = (output_scale, output_block_scale)
+        self.calls.append(SimpleNamespace(tokens=len(query), metadata=attn_metadata, scales=scales))
+        if attn_metadata is None:
+            return output
+        common = attn_metadata.common
+        starts = common.query_start_loc.tolist()
+        for row, (start, stop) in enumerate(pairwise(starts)):
+            if start == stop:
+                continue
+            seen = int(common.seq_lens[row])
+            if self.attn_type == AttentionType.ENCODER_ONLY:
+                keys, values = key[start:stop], value[start:stop]
+            else:
+                keys, values = kv_cache[:, common.block_table_tensor[row, 0], :seen]
+            output[start:stop] = self._row(query[start:stop], keys, values).to(output.dtype)
+        return output
+
+    def _row(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The last ``len(query)`` tokens of a sequence attend to what they may see of it."""
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+        scores = torch.einsum("ihd,jhd->hij", query.float(), key) * self.scale
+        column = torch.arange(len(key))
+        row = column[-len(query) :, None]
+        hidden = torch.zeros(len(query), len(key), dtype=torch.bool)
+        if self.attn_type == AttentionType.DECODER:
+            hidden |= column > row
+        if self.window is not None:
+            hidden |= (row - column).abs() >= self.window
+        probs = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("hij,jhd->ihd", probs, value)
+
+
+class StandardBackend(AttentionBackend):
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_ATTN"
+
+    @staticmethod
+    def get_builder_cls() -> Any:
+        return StandardBuilder
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        return StandardImpl
+
+
+Backend: Any = resolve_obj_by_qualname(wrap_backend(f"{__name__}.StandardBackend"))
+"""The standard backend as an engine with ``--attention-backend attncache`` has it."""
+
+
+def make_builder(layers: dict[str, Any] | None = None, names: Sequence[str] = ("layer",)) -> Any:
+    """A builder of the wrapped backend in an engine of these layers."""
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers or {})
+    )
+    return Backend.get_builder_cls()("spec", list(names), config, torch.device("cpu"))
+
+
+def describe(lengths: Sequence[int], context: Sequence[int] | None = None, padding: int = 0) -> Any:
+    """A step of these query lengths; ``context`` are the lengths with what came before, ``padding``
+    tokens follow the batch.
+
+    Row r has block table ``[r + 1, r + 100]``, position p of it the slot ``slot(r, p)``.
     """
     context = lengths if context is None else context
     starts = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
-    rows, tokens = len(lengths), int(starts[-1])
-    first = [whole - part for whole, part in zip(context, lengths, strict=True)]
-    positions = [torch.arange(start, start + n) for start, n in zip(first, lengths, strict=True)]
-    common = CommonAttentionMetadata(
+    rows = list(zip(context, lengths, strict=True))
+    positions = [p for seen, n in rows for p in range(seen - n, seen)]
+    slots = [slot(r, p) for r, (seen, n) in enumerate(rows) for p in range(seen - n, seen)]
+    return CommonAttentionMetadata(
         query_start_loc=starts.clone(),
         query_start_loc_cpu=starts,
         seq_lens=torch.tensor(context, dtype=torch.int32),
         seq_lens_cpu_upper_bound=torch.tensor(context, dtype=torch.int32),
-        num_reqs=rows,
-        num_actual_tokens=tokens,
+        num_reqs=len(lengths),
+        num_actual_tokens=len(slots),
         max_query_len=max(lengths),
         max_seq_len=max(context),
-        block_table_tensor=torch.tensor([[r, r + 100] for r in range(rows)], dtype=torch.int32),
-        slot_mapping=torch.arange(tokens) + SLOT_OF_FIRST_TOKEN,
-        positions=torch.cat(positions),
+        block_table_tensor=torch.tensor([[r + 1, r + 100] for r in range(len(rows))]).int(),
+        slot_mapping=torch.tensor(slots + [PADDING_SLOT] * padding),
+        positions=torch.tensor(positions + [0] * padding),
         is_prefilling=torch.tensor([n > 1 for n in lengths]),
         causal=True,
     )
-    return Builder().build(0, common)
 
 
-def source(lengths: Sequence[int], context: Sequence[int] | None = None) -> compat.MetadataSource:
-    found = compat.metadata_source(batch(lengths, context))
+def slot(row: int, position: int) -> int:
+    return BLOCK_SIZE * (row + 1) + position
+
+
+def batch(
+    lengths: Sequence[int],
+    context: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
+    padding: int = 0,
+) -> Any:
+    """Metadata of a step; ``prompts`` are the whole lengths of its rows' prompts."""
+    metadata = make_builder().build(0, describe(lengths, context, padding))
+    source = compat.metadata_source(metadata)
+    assert source is not None
+    if prompts is not None:
+        compat.remember_source(metadata, replace(source, prompt_lengths=list(prompts)))
+    return metadata
+
+
+def source(
+    lengths: Sequence[int],
+    context: Sequence[int] | None = None,
+    prompts: Sequence[int] | None = None,
+) -> compat.MetadataSource:
+    found = compat.metadata_source(batch(lengths, context, prompts))
     assert found is not None
     return found
+
+
+def spans(lengths: Sequence[int]) -> Iterator[range]:
+    """Positions in the batch of each row's tokens."""
+    return (range(*edges) for edges in pairwise(accumulate(lengths, initial=0)))
 
 
 def counted(name: str, **labels: str) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The seams to vLLM: the backend's name, the platform's two hooks, the tested version."""
+"""The seams to vLLM: the backend's name, the platform's two hooks, the runner's, the version."""
 
 from __future__ import annotations
 
@@ -126,6 +126,7 @@ def test_the_choice_of_another_backend_passes_through_as_it_came(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch, selected: Any
 ) -> None:
     monkeypatch.setattr(compat, "hook_weight_processing", refuse)
+    monkeypatch.setattr(compat, "hook_model_runner", refuse)
     monkeypatch.setattr(backend, "wrap_backend", refuse)
     selector = object()
     path = recording.get_attn_backend_cls(selected, selector, num_heads=4)
@@ -180,12 +181,13 @@ def test_our_backend_wraps_what_the_platform_would_have_chosen(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hooked = []
-    monkeypatch.setattr(compat, "hook_weight_processing", lambda: hooked.append(True))
+    monkeypatch.setattr(compat, "hook_weight_processing", lambda: hooked.append("weights"))
+    monkeypatch.setattr(compat, "hook_model_runner", lambda: hooked.append("runner"))
     monkeypatch.setattr(backend, "wrap_backend", lambda path: f"wrapped({path})")
     ours = AttentionBackendEnum["ATTNCACHE"]
     assert recording.get_attn_backend_cls(ours, "selector") == "wrapped(standard.Backend1)"
     assert recording.calls == [(type(recording), (None, "selector"), {})]
-    assert hooked == [True]
+    assert hooked == ["weights", "runner"]
 
 
 def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_ops(
@@ -215,6 +217,58 @@ def test_a_users_choice_of_the_rotary_embedding_is_kept(
     config = configuration(AttentionBackendEnum["ATTNCACHE"], custom_ops=(choice,))
     recording.check_and_update_config(config)
     assert config.compilation_config.custom_ops == [choice]
+
+
+# -- the model runner ------------------------------------------------------------------------------
+
+
+class Runner:
+    """Builds what ``asked`` says, as the one of vLLM that holds the prompts of its batch."""
+
+    asked: Callable[[], Any]
+
+    def __init__(self, *prompts: int) -> None:
+        lengths = torch.tensor([*prompts, 999], dtype=torch.int32)  # rows of earlier batches follow
+        self.input_batch = SimpleNamespace(num_prompt_tokens_cpu_tensor=lengths)
+
+    def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self).asked(), args, kwargs
+
+
+@pytest.fixture
+def hooked_runner(monkeypatch: pytest.MonkeyPatch) -> type[Runner]:
+    """A runner's class hooked as often as an engine builds attention layers."""
+    fresh = type("FreshRunner", (Runner,), {})
+    module = SimpleNamespace(GPUModelRunner=fresh)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", module)
+    for _ in range(3):
+        compat.hook_model_runner()
+    return fresh
+
+
+def test_prompt_lengths_are_known_while_the_runner_builds_metadata(
+    hooked_runner: type[Runner],
+) -> None:
+    hooked_runner.asked = staticmethod(lambda: compat.prompt_lengths(2))
+    first, second = hooked_runner(7, 300, 5), hooked_runner(1, 2)
+    assert first._build_attention_metadata(4, num_reqs=2) == ([7, 300], (4,), {"num_reqs": 2})
+    assert second._build_attention_metadata() == ([1, 2], (), {})
+    assert compat.prompt_lengths(2) is None
+
+
+def test_prompt_lengths_of_a_failed_build_are_forgotten(hooked_runner: type[Runner]) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    hooked_runner.asked = staticmethod(fail)
+    with pytest.raises(MemoryError):
+        hooked_runner(7)._build_attention_metadata()
+    assert compat.prompt_lengths(1) is None
+
+
+def test_the_runner_is_wrapped_once(hooked_runner: type[Runner]) -> None:
+    wrapper: Any = hooked_runner._build_attention_metadata
+    assert wrapper.__wrapped__ is Runner._build_attention_metadata
 
 
 # -- the tested version ----------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -23,13 +22,16 @@ from attncache_vllm.config import Settings
 from attncache_vllm.engine.runtime import NEIGHBOURS, Lookups, Serving
 from attncache_vllm.engine.step import Hit, Step
 from attncache_vllm.errors import StoreError, StoreTimeout
-from attncache_vllm.reuse.codec import CODEC, encode_causal
+from attncache_vllm.reuse.apply import RowBlocks, crop
+from attncache_vllm.reuse.codec import CODEC, encode_map
 from attncache_vllm.reuse.feature import Projector, pool_tokens
-from attncache_vllm.reuse.match import Candidate, choose
+from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.match import choose
 from attncache_vllm.reuse.plan import LayerPlan, Plan
-from attncache_vllm.store import Neighbour, Record, StoreStats
+from attncache_vllm.store import MAX_LENGTH, Neighbour, Record, StoreStats
 
-HEADS = (4, 2)
+CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
+WINDOWED = MapLayout(4, 1, Mask(window=16))
 GATE = 0.5
 # The widest gate of a layer with reuse decides what is loaded; that of an exact layer does not.
 PLAN = Plan(
@@ -42,29 +44,37 @@ PLAN = Plan(
     ),
 )
 LAYERS = PLAN.reused_layers
+Layouts = dict[int, MapLayout]
+LAYOUTS: Layouts = dict(zip(LAYERS, (CAUSAL, WINDOWED), strict=True))
 PROJECTOR = Projector(hidden_size=6, slots=2, width=8, dim=3)
 LENGTHS = {0: 20, 1: 24, 2: 24, 3: 40, 4: 64}
 
 
-def make_probs(entry_id: int, layer: int) -> torch.Tensor:
+def make_probs(entry_id: int, layer: int, layout: MapLayout) -> torch.Tensor:
     generator = torch.Generator().manual_seed(100 * entry_id + layer)
     length = LENGTHS[entry_id]
-    scores = torch.randn(HEADS[0], length, length, generator=generator)
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1).bfloat16()
+    scores = torch.randn(layout.num_heads, length, length, generator=generator)
+    return scores.masked_fill(~layout.mask.visible(length), float("-inf")).softmax(-1).bfloat16()
 
 
-def make_record(entry_id: int) -> Record:
+def make_record(entry_id: int, layouts: Layouts) -> Record:
     return Record(
         token_hash=bytes([entry_id]) * 32,
         length=LENGTHS[entry_id],
         codec=CODEC,
         pooled=np.zeros((2, 6), dtype=np.float32),
-        maps={layer: encode_causal(make_probs(entry_id, layer)).numpy() for layer in LAYERS},
+        maps={
+            layer: encode_map(make_probs(entry_id, layer, layout), layout.mask).numpy()
+            for layer, layout in layouts.items()
+        },
     )
 
 
-RECORDS = {entry_id: make_record(entry_id) for entry_id in LENGTHS}
+def make_records(layouts: Layouts) -> dict[int, Record]:
+    return {entry_id: make_record(entry_id, layouts) for entry_id in LENGTHS}
+
+
+RECORDS = make_records(LAYOUTS)
 
 
 class FakeStore:
@@ -86,7 +96,7 @@ class FakeStore:
     def lookup(
         self,
         features: np.ndarray,
-        lengths: Sequence[int],
+        lengths: Sequence[tuple[int, int]],
         *,
         neighbours: int,
         deadline: float,
@@ -124,9 +134,11 @@ def near(*entries: int, distance: float = 0.1) -> list[Neighbour]:
     return [Neighbour(entry_id, distance, LENGTHS[entry_id]) for entry_id in entries]
 
 
-def make_lookups(store: FakeStore, **changes: Any) -> Lookups:
+def make_lookups(
+    store: FakeStore, plan: Plan = PLAN, layouts: Layouts = LAYOUTS, **changes: Any
+) -> Lookups:
     given = Settings(store=Path("maps")).model_copy(update=changes)
-    return Lookups(store, PROJECTOR, PLAN, given, HEADS, torch.device("cpu"))
+    return Lookups(store, PROJECTOR, plan, given, layouts, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -147,7 +159,7 @@ def pooled(rows: int) -> torch.Tensor:
 
 
 def begin(lookups: Lookups, lengths: list[int]) -> Future[list[Hit | None]]:
-    future = lookups.start(pooled(len(lengths)), lengths, deadline=math.inf)
+    future = lookups.start(pooled(len(lengths)), lengths, deadline=float("inf"))
     assert future is not None
     return future
 
@@ -160,13 +172,13 @@ def faults(kind: str) -> float:
     return counted("attncache_store_faults_total", kind=kind)
 
 
-def assert_maps_of(hit: Hit | None, entry_id: int) -> None:
+def assert_maps_of(hit: Hit | None, entry_id: int, layouts: Layouts = LAYOUTS) -> None:
     assert hit is not None
     assert hit.match.entry_id == entry_id
-    assert tuple(hit.maps) == LAYERS
+    assert hit.maps.keys() == layouts.keys()
     for layer, maps in hit.maps.items():
-        assert torch.equal(maps.to_dense(), make_probs(entry_id, layer))
-        assert maps.num_kv_heads == HEADS[1]
+        assert torch.equal(maps.to_dense(), make_probs(entry_id, layer, layouts[layer]))
+        assert maps.layout == layouts[layer]
 
 
 def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) -> None:
@@ -176,7 +188,8 @@ def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) 
     assert future is not None
     hits = future.result(timeout=60)
     [asked] = store.asked
-    assert asked["lengths"] == [30, 20, 17, 40]
+    # A causal map serves every text that is not longer.
+    assert asked["lengths"] == [(length, MAX_LENGTH) for length in (30, 20, 17, 40)]
     assert (asked["neighbours"], asked["deadline"]) == (NEIGHBOURS, 12345.0)
     assert asked["features"].dtype == np.float32
     assert asked["features"].flags.c_contiguous
@@ -195,23 +208,136 @@ candidates = st.builds(
     st.sampled_from(sorted(LENGTHS)),
     distances,
 )
-queries = st.lists(st.tuples(st.integers(1, 70), st.lists(candidates, max_size=5)), min_size=1)
+lengths_asked = st.integers(1, 70) | st.sampled_from(sorted(LENGTHS.values()))
+queries = st.lists(st.tuples(lengths_asked, st.lists(candidates, max_size=5)), min_size=1)
+Queries = list[tuple[int, list[Neighbour]]]
+
+
+def answered(store: FakeStore, lookups: Lookups, queries: Queries) -> list[Hit | None]:
+    store.answers = [found for _, found in queries]
+    try:
+        return look_up(lookups, [length for length, _ in queries])
+    finally:
+        lookups._thread.shutdown()
 
 
 @settings(deadline=None, max_examples=50)
 @given(queries)
-def test_hits_are_those_chosen_by_hand(queries: list[tuple[int, list[Neighbour]]]) -> None:
-    store = FakeStore([found for _, found in queries])
-    lookups = make_lookups(store)
-    try:
-        hits = look_up(lookups, [length for length, _ in queries])
-    finally:
-        lookups._thread.shutdown()
+def test_hits_are_those_chosen_by_hand(queries: Queries) -> None:
+    store = FakeStore([])
+    hits = answered(store, make_lookups(store), queries)
     for hit, (length, found) in zip(hits, queries, strict=True):
-        chosen = choose([Candidate(n.entry_id, n.distance, n.length) for n in found], length, GATE)
+        chosen = choose(found, length, GATE, longer=True)
         assert (hit.match if hit else None) == chosen
         if chosen is not None:
             assert_maps_of(hit, chosen.entry_id)
+
+
+# -- lengths that bidirectional maps serve -----------------------------------------------------
+
+ENCODER: Layouts = dict.fromkeys(LAYERS, BIDIRECTIONAL)
+ENCODER_RECORDS = make_records(ENCODER)
+
+
+def cropping(*layers: int) -> Plan:
+    return replace(
+        PLAN,
+        layers=tuple(
+            replace(layer, crop=index in layers) for index, layer in enumerate(PLAN.layers)
+        ),
+    )
+
+
+def encoder_store() -> FakeStore:
+    store = FakeStore([])
+    store.records.update(ENCODER_RECORDS)
+    return store
+
+
+@settings(deadline=None, max_examples=30)
+@given(queries)
+def test_bidirectional_maps_serve_their_own_length_only(queries: Queries) -> None:
+    store = encoder_store()
+    hits = answered(store, make_lookups(store, layouts=ENCODER), queries)
+    [asked] = store.asked
+    assert asked["lengths"] == [(length, length) for length, _ in queries]
+    for hit, (length, found) in zip(hits, queries, strict=True):
+        chosen = choose(found, length, GATE, longer=False)
+        assert (hit.match if hit else None) == chosen
+        if chosen is not None:
+            assert_maps_of(hit, chosen.entry_id, ENCODER)
+
+
+@settings(deadline=None, max_examples=30)
+@given(queries, st.sampled_from([(2,), (3,), LAYERS]))
+def test_longer_bidirectional_maps_serve_the_layers_whose_plan_crops(
+    queries: Queries, crops: tuple[int, ...]
+) -> None:
+    store = encoder_store()
+    hits = answered(store, make_lookups(store, cropping(*crops), ENCODER), queries)
+    [asked] = store.asked
+    assert asked["lengths"] == [(length, MAX_LENGTH) for length, _ in queries]
+    for hit, (length, found) in zip(hits, queries, strict=True):
+        chosen = choose(found, length, GATE, longer=True)
+        assert (hit.match if hit else None) == chosen
+        if chosen is None:
+            continue
+        assert hit is not None
+        if chosen.entry_length == length:
+            assert_maps_of(hit, chosen.entry_id, ENCODER)
+            continue
+        assert hit.maps.keys() == set(crops)
+        for layer, maps in hit.maps.items():
+            assert_cropped(maps, make_probs(chosen.entry_id, layer, BIDIRECTIONAL), length)
+
+
+def assert_cropped(maps: RowBlocks, probs: torch.Tensor, length: int) -> None:
+    assert maps.length == length
+    left = probs[:, :length, :length].float()
+    expected = left / left.sum(-1, keepdim=True)
+    torch.testing.assert_close(maps.to_dense().float(), expected, rtol=2**-8, atol=0)
+
+
+def test_the_maps_in_memory_stay_whole_when_they_are_cropped() -> None:
+    store = encoder_store()
+    lookups = make_lookups(store, cropping(*LAYERS), ENCODER)
+    store.answers = [near(3), near(3)]
+    short, equal = look_up(lookups, [25, 40])
+    lookups._thread.shutdown()
+    assert_maps_of(equal, 3, ENCODER)
+    assert short is not None and equal is not None
+    for layer in LAYERS:
+        expected = crop(equal.maps[layer], 25).to_dense()
+        assert torch.equal(short.maps[layer].to_dense(), expected)
+
+
+def test_of_a_model_with_both_kinds_of_layers_a_longer_entry_serves_the_causal_ones() -> None:
+    layouts: Layouts = {2: BIDIRECTIONAL, 3: CAUSAL}
+    store = FakeStore([near(3), near(3)])
+    store.records.update(make_records(layouts))
+    lookups = make_lookups(store, layouts=layouts)
+    short, equal = look_up(lookups, [25, 40])
+    lookups._thread.shutdown()
+    assert store.asked[0]["lengths"] == [(25, MAX_LENGTH), (40, MAX_LENGTH)]
+    assert short is not None
+    assert short.maps.keys() == {3}
+    assert torch.equal(short.maps[3].to_dense(), make_probs(3, 3, CAUSAL))
+    assert_maps_of(equal, 3, layouts)
+
+
+def test_only_layers_with_reuse_in_this_engine_count() -> None:
+    # The plan's layer 2, whose gate is the widest, is bypassed here, and its maps are not decoded.
+    layouts: Layouts = {3: WINDOWED}
+    store = FakeStore([near(1, distance=0.9 * GATE), near(3, distance=GATE / 2)])
+    lookups = make_lookups(store, layouts=layouts)
+    far, close = look_up(lookups, [20, 20])
+    lookups._thread.shutdown()
+    assert far is None
+    assert_maps_of(close, 3, layouts)
+    assert store.loaded == [[3]]
+
+
+# -- memory ------------------------------------------------------------------------------------
 
 
 def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups) -> None:
@@ -221,7 +347,7 @@ def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups)
     second = look_up(lookups, [20, 20])
     assert store.loaded == [[1, 3], [4]]
     assert first[1] is not None and second[0] is not None
-    assert second[0].maps is first[1].maps
+    assert all(second[0].maps[layer] is first[1].maps[layer] for layer in LAYERS)
     held = lookups.resident.stats()
     assert held.entries == 3
     assert held.bytes == sum(
@@ -242,10 +368,20 @@ def other_model(record: Record) -> Record:
     return replace(record, maps={layer: m[:-2] for layer, m in record.maps.items()})
 
 
+def without_layer(record: Record, layer: int) -> Record:
+    return replace(record, maps={k: m for k, m in record.maps.items() if k != layer})
+
+
 @pytest.mark.parametrize(
     "damaged",
-    [None, replace(RECORDS[3], codec="other"), other_model(RECORDS[3])],
-    ids=["gone", "other codec", "other size"],
+    [
+        None,
+        replace(RECORDS[3], codec="other"),
+        other_model(RECORDS[3]),
+        without_layer(RECORDS[3], 3),
+        ENCODER_RECORDS[3],
+    ],
+    ids=["gone", "other codec", "other size", "other layers", "other mask"],
 )
 def test_a_record_that_cannot_be_used_is_a_miss_of_its_sequences_only(
     store: FakeStore, lookups: Lookups, damaged: Record | None
@@ -297,8 +433,8 @@ def test_a_slow_store_gets_no_second_lookup_until_it_has_answered(
     store.answers = [near(1)]
     store.may_answer.clear()
     slow = begin(lookups, [20])
-    assert lookups.start(pooled(1), [20], deadline=math.inf) is None
-    assert lookups.start(pooled(1), [20], deadline=math.inf) is None
+    assert lookups.start(pooled(1), [20], deadline=float("inf")) is None
+    assert lookups.start(pooled(1), [20], deadline=float("inf")) is None
     store.may_answer.set()
     assert_maps_of(slow.result(timeout=60)[0], 1)
     assert_maps_of(look_up(lookups, [20])[0], 1)
@@ -335,20 +471,22 @@ def test_whole_sequences_that_are_long_enough_are_looked_up_and_the_others_bypas
 ) -> None:
     store.answers = [near(1), near(4)]
     serving = make_serving(lookups)
-    # Whole but short, whole, part of a longer one, padding, whole.
-    metadata = batch([3, 5, 6, 0, 4], context=[3, 5, 16, 0, 4])
-    states = hidden(18 + 2)  # two tokens of padding behind the batch
+    # Whole but short, whole, the end of a longer one, padding, whole, the beginning of another.
+    metadata = batch(
+        [3, 5, 6, 0, 4, 7], context=[3, 5, 16, 0, 4, 7], prompts=[3, 5, 16, 0, 4, 9], padding=2
+    )
+    states = hidden(25 + 2)
     step = observe(serving, metadata, states)
     assert step is not None
     assert step.maps_for(2).keys() == {1, 4}
     [asked] = store.asked
-    assert asked["lengths"] == [5, 4]
+    assert asked["lengths"] == [(5, MAX_LENGTH), (4, MAX_LENGTH)]
     expected = torch.stack([pool_tokens(states[3:8], 2), pool_tokens(states[14:18], 2)])
     with torch.no_grad():
         np.testing.assert_allclose(asked["features"], PROJECTOR(expected.half()).numpy(), rtol=1e-6)
     assert serving.outcomes.sequences == {"hit": 2, "bypass": 2}
     assert serving.outcomes.reasons == {
-        "bypass: part of a sequence": 1,
+        "bypass: only a part of the prompt in the step": 1,
         "bypass: shorter than min_tokens": 1,
     }
 

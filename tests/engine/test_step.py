@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step: whole sequences are told apart, a batch is parted without loss, every outcome counts."""
+"""A step: prompts are told apart, a batch is parted without loss, every outcome counts."""
 
 from __future__ import annotations
 
@@ -8,51 +8,107 @@ import threading
 import time
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 import pytest
 import torch
-from batches import SLOT_OF_FIRST_TOKEN, batch, counted, source
+from batches import batch, counted, slot, source, spans
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.metrics import Outcomes
-from attncache_vllm.engine.step import Hit, Sequence, Split, Step, sequences_of, split_batch
+from attncache_vllm.engine.step import (
+    Hit,
+    Prompts,
+    Sequence,
+    Split,
+    Step,
+    prompts_of,
+    split_batch,
+)
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.match import Match
 from attncache_vllm.reuse.plan import LayerPlan, Plan
 
-# -- which sequences a step holds --------------------------------------------------------------
+# -- which prompts a step holds ----------------------------------------------------------------
 
 
-def test_sequences_that_began_earlier_or_go_on_later_are_partial() -> None:
-    # A whole one, a later chunk, padding, a first token of a longer context, one whole token.
-    whole, partial = sequences_of(source([3, 2, 0, 1, 1], context=[3, 7, 0, 9, 1]))
-    assert whole == [Sequence(0, 0, 3), Sequence(4, 6, 1)]
-    assert partial == [1, 3]
+def test_a_step_tells_whole_prompts_from_those_that_end_and_those_that_go_on() -> None:
+    # Whole, a first chunk, a middle one, a last one, padding, one that generates, a whole token.
+    lengths, context = [3, 2, 2, 4, 0, 1, 1], [3, 2, 7, 9, 0, 6, 1]
+    found = prompts_of(source(lengths, context, prompts=[3, 8, 8, 9, 0, 5, 1]))
+    assert found == Prompts(whole=[Sequence(0, 0, 3), Sequence(6, 12, 1)], ending=1)
 
 
-def test_context_lengths_come_from_the_device_where_the_cpu_has_none() -> None:
-    found = source([3, 2], context=[3, 7])
+def test_without_prompt_lengths_every_row_from_the_first_token_on_is_whole() -> None:
+    # Nobody parts prompts then; padding and rows with context are no prompts.
+    found = prompts_of(source([3, 2, 0, 1], context=[3, 7, 0, 1]))
+    assert found == Prompts(whole=[Sequence(0, 0, 3), Sequence(3, 5, 1)], ending=0)
+
+
+@pytest.mark.parametrize("prompts", [None, [3, 7]])
+def test_context_lengths_come_from_the_device_where_the_cpu_has_none(
+    prompts: list[int] | None,
+) -> None:
+    found = source([3, 2], context=[3, 7], prompts=prompts)
     found = replace(found, common=found.common.replace(seq_lens_cpu_upper_bound=None))
-    assert sequences_of(found) == ([Sequence(0, 0, 3)], [1])
+    assert prompts_of(found) == Prompts([Sequence(0, 0, 3)], 0 if prompts is None else 1)
 
 
-rows = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2)), min_size=1, max_size=8)
+@st.composite
+def schedules(draw: st.DrawFn) -> tuple[list[int], list[int], list[list[tuple[int, int]]]]:
+    """Prompt lengths, how much of each was cached, and steps of (prompt, tokens) until all ended.
+
+    As vLLM's scheduler does it: a step takes any number of the prompts' next tokens, at least the
+    last one is computed, and after its prompt a sequence may generate.
+    """
+    lengths = draw(st.lists(st.integers(1, 12), min_size=1, max_size=5))
+    cached = [draw(st.sampled_from([0, 0, length // 2, length - 1])) for length in lengths]
+    computed, steps = list(cached), []
+    while any(done < length for done, length in zip(computed, lengths, strict=True)):
+        step = []
+        for prompt in draw(st.permutations(range(len(lengths)))):
+            left = lengths[prompt] - computed[prompt]
+            tokens = draw(st.integers(0, left)) if left > 0 else draw(st.integers(0, 1))
+            step.append((prompt, tokens))
+            computed[prompt] += tokens
+        steps.append(step)
+        if len(steps) == 6:  # let it end
+            rest = [length - done for done, length in zip(computed, lengths, strict=True)]
+            steps.append([(prompt, max(0, left)) for prompt, left in enumerate(rest)])
+            break
+    return lengths, cached, [step for step in steps if any(tokens for _, tokens in step)]
 
 
-@given(rows.filter(lambda rows: any(length for length, _ in rows)))
-def test_every_row_with_tokens_is_whole_or_partial(rows: list[tuple[int, int]]) -> None:
-    lengths = [length for length, _ in rows]
-    whole, partial = sequences_of(source(lengths, [length + before for length, before in rows]))
-    assert [seq.row for seq in whole] == [
-        r for r, (n, before) in enumerate(rows) if n and not before
-    ]
-    assert partial == [r for r, (n, before) in enumerate(rows) if n and before]
-    starts = list(accumulate(lengths, initial=0))
-    assert all((seq.start, seq.length) == (starts[seq.row], lengths[seq.row]) for seq in whole)
+@given(schedules())
+def test_every_prompt_counts_once_however_it_is_cut_and_batched(
+    schedule: tuple[list[int], list[int], list[list[tuple[int, int]]]],
+) -> None:
+    lengths, computed, steps = schedule
+    counts = 0
+    for step in steps:
+        rows = [tokens for _, tokens in step]
+        context = [computed[prompt] + tokens for prompt, tokens in step]
+        found = prompts_of(source(rows, context, [lengths[prompt] for prompt, _ in step]))
+        # Whole is what is computed in one step from its first token to its last.
+        assert found.whole == [
+            Sequence(row, edge.start, len(edge))
+            for row, ((prompt, tokens), edge) in enumerate(zip(step, spans(rows), strict=True))
+            if computed[prompt] == 0 and tokens == lengths[prompt]
+        ]
+        ended = [
+            prompt
+            for prompt, tokens in step
+            if computed[prompt] < lengths[prompt] == computed[prompt] + tokens
+        ]
+        assert len(found.whole) + found.ending == len(ended)
+        counts += len(ended)
+        for prompt, tokens in step:
+            computed[prompt] += tokens
+    assert counts == len(lengths)
 
 
 # -- parting a batch ---------------------------------------------------------------------------
@@ -69,18 +125,18 @@ def test_hits_and_misses_partition_the_batch(data: st.DataObject) -> None:
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any))
     filled = [row for row, length in enumerate(lengths) if length]
     hit_rows = data.draw(st.sets(st.sampled_from(filled), min_size=1))
-    split = split_batch(source(lengths), hit_rows)
-    starts = list(accumulate(lengths, initial=0))
-    hits, misses = tokens_of(split, starts[-1])
+    # Hits are whole; any other row may have context.
+    before = [0 if row in hit_rows else data.draw(st.integers(0, 9)) for row in range(len(lengths))]
+    context = [length + earlier for length, earlier in zip(lengths, before, strict=True)]
+    split = split_batch(source(lengths, context), hit_rows)
+    tokens = list(spans(lengths))
+    hits, misses = tokens_of(split, sum(lengths))
 
-    assert sorted(hits + misses) == list(range(starts[-1]))
-    # Every hit has a span, spans follow each other, and a span selects the tokens of its row.
-    assert [row for row, _, _ in split.hit_spans] == sorted(hit_rows)
-    edges = [0, *(stop for _, _, stop in split.hit_spans)]
-    assert [(start, stop) for _, start, stop in split.hit_spans] == list(pairwise(edges))
-    assert edges[-1] == len(hits)
-    for row, start, stop in split.hit_spans:
-        assert hits[start:stop] == list(range(starts[row], starts[row + 1]))
+    assert hits == [token for row in sorted(hit_rows) for token in tokens[row]]
+    assert sorted(hits + misses) == list(range(sum(lengths)))
+    assert split.hit_spans == tuple(
+        (row, tokens[row].start, tokens[row].stop) for row in sorted(hit_rows)
+    )
 
     missed = [row for row in filled if row not in hit_rows]
     if not missed:
@@ -93,13 +149,31 @@ def test_hits_and_misses_partition_the_batch(data: st.DataObject) -> None:
     )
     assert torch.equal(common.query_start_loc, common.query_start_loc_cpu)
     for lens in (common.seq_lens, common.seq_lens_cpu_upper_bound):
-        assert lens.tolist() == [lengths[row] for row in missed]
+        assert lens.tolist() == [context[row] for row in missed]
     assert (common.num_reqs, common.num_actual_tokens) == (len(missed), len(misses))
-    assert common.max_query_len == common.max_seq_len == max(lengths[row] for row in missed)
-    assert common.block_table_tensor.tolist() == [[row, row + 100] for row in missed]
+    assert common.max_query_len == max(lengths[row] for row in missed)
+    assert common.max_seq_len == max(context[row] for row in missed)
+    assert common.block_table_tensor.tolist() == [[row + 1, row + 100] for row in missed]
     assert common.is_prefilling.tolist() == [lengths[row] > 1 for row in missed]
-    assert common.slot_mapping.tolist() == [SLOT_OF_FIRST_TOKEN + token for token in misses]
-    assert common.positions.tolist() == [p for row in missed for p in range(lengths[row])]
+    positions = [(row, p) for row in missed for p in range(before[row], context[row])]
+    assert common.positions.tolist() == [position for _, position in positions]
+    assert common.slot_mapping.tolist() == [slot(row, position) for row, position in positions]
+
+
+def test_what_a_batch_may_lack_or_hold_by_row_is_taken_into_the_sub_batch() -> None:
+    whole = source([3, 2, 4])
+    common = whole.common.replace(
+        positions=None,
+        is_prefilling=None,
+        seq_lens_cpu_upper_bound=None,
+        causal=torch.tensor([True, False, True]),
+    )
+    split = split_batch(replace(whole, common=common), {0})
+    assert split.misses is not None
+    sub = split.misses.attn_metadata.common
+    assert sub.positions is sub.is_prefilling is sub.seq_lens_cpu_upper_bound is None
+    assert sub.causal.tolist() == [False, True]
+    assert (sub.max_seq_len, sub.seq_lens.tolist()) == (4, [2, 4])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +196,7 @@ def test_hits_with_misses_between_them_are_selected_by_index() -> None:
     split = split_batch(source([3, 2, 4]), {0, 2})
     assert isinstance(split.hit_tokens, torch.Tensor)
     assert split.hit_tokens.tolist() == [0, 1, 2, 5, 6, 7, 8]
-    assert split.hit_spans == ((0, 0, 3), (2, 3, 7))
+    assert split.hit_spans == ((0, 0, 3), (2, 5, 9))
 
 
 def test_sub_metadata_remembers_its_own_source_and_leaves_the_batch_as_it_was() -> None:
@@ -154,7 +228,7 @@ PLAN = Plan(0, (LayerPlan("exact"), LayerPlan("cached", 0.25), LayerPlan("cached
 
 
 def make_maps() -> RowBlocks:
-    return RowBlocks(length=9, num_heads=1, num_kv_heads=1, blocks=())
+    return RowBlocks(MapLayout(1, 1, Mask()), length=9, blocks=())
 
 
 def make_hit(distance: float, *layers: int) -> Hit:

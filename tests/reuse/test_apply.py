@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`apply_map` against softmax(QK^T)V in float64.
 
-Tolerance for bfloat16, whose unit roundoff is u = 2^-9: every stored probability is off by at
+Tolerance for bfloat16, whose unit roundoff is u = 2^-8: every stored probability is off by at
 most u relatively, so a product over values bounded by V is off by at most u * V, and rounding
 the result to bfloat16 adds u * V again. A wrong row, head or column is off by the order of V.
 """
@@ -10,44 +10,47 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from map_samples import lengths, masks, product, random_qkv, reference_probs, visible
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import RowBlocks, apply_map, block_bounds, exact_causal_probs
-from attncache_vllm.reuse.codec import decode_causal, encode_causal
+from attncache_vllm.reuse.apply import (
+    RowBlocks,
+    apply_map,
+    block_bounds,
+    crop,
+    exact_probs,
+)
+from attncache_vllm.reuse.codec import decode_map, encode_map
+from attncache_vllm.reuse.layout import MapLayout, Mask
 
 HEADS = {"grouped": (6, 2), "multi-query": (4, 1), "plain": (3, 3)}
 HEAD_SIZE = 16
-SCALE = HEAD_SIZE**-0.5
-ROUNDOFF = 2**-9
+ROUNDOFF = 2**-8
+BIDIRECTIONAL = Mask(causal=False)
+
+heads = st.sampled_from(list(HEADS.values()))
+head_sizes = st.sampled_from([32, 64, 128, 256])
+bidirectional_masks = masks.filter(lambda mask: not mask.causal)
 
 
-def random_qkv(length: int, num_heads: int, num_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    shapes = [(length, heads, HEAD_SIZE) for heads in (num_heads, num_kv_heads, num_kv_heads)]
-    query, key, value = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    return query * 3, key, value  # sharper than uniform rows
+def stored(probs: Tensor, num_kv_heads: int, mask: Mask) -> RowBlocks:
+    layout = MapLayout(len(probs), num_kv_heads, mask)
+    return decode_map(encode_map(probs, mask), layout, probs.shape[1])
 
 
-def reference_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal attention in float64, one head at a time: `[L, H * d]`."""
-    length, num_heads, _ = query.shape
-    group = num_heads // key.shape[1]
-    visible = torch.ones(length, length, dtype=torch.bool).tril()
-    heads = []
-    for head in range(num_heads):
-        scores = query[:, head].double() @ key[:, head // group].double().T * SCALE
-        probs = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        heads.append(probs @ value[:, head // group].double())
-    return torch.cat(heads, dim=1)
+def own_map(query: Tensor, key: Tensor, mask: Mask) -> RowBlocks:
+    probs = exact_probs(query, key, query.shape[2] ** -0.5, mask)
+    return stored(probs, key.shape[1], mask)
 
 
-def stored_map(query: Tensor, key: Tensor) -> RowBlocks:
-    payload = encode_causal(exact_causal_probs(query, key, SCALE))
-    return decode_causal(payload, query.shape[1], key.shape[1], len(query))
+def random_map(length: int, num_heads: int, num_kv_heads: int, mask: Mask) -> RowBlocks:
+    query, key, _ = random_qkv(length, num_heads, num_kv_heads, HEAD_SIZE)
+    return own_map(query, key, mask)
 
 
 def applied(maps: RowBlocks, value: Tensor) -> Tensor:
-    out = torch.full((len(value), maps.num_heads * HEAD_SIZE), float("nan"), dtype=value.dtype)
+    width = maps.layout.num_heads * value.shape[2]
+    out = torch.full((len(value), width), float("nan"), dtype=value.dtype)
     apply_map(maps, value, out)
     return out
 
@@ -62,39 +65,59 @@ def assert_close(actual: Tensor, expected: Tensor, value: Tensor) -> None:
 def test_applying_a_sequences_own_map_is_causal_attention(
     length: int, heads: tuple[int, int]
 ) -> None:
-    query, key, value = random_qkv(length, *heads)
-    expected = reference_attention(query, key, value)
-    assert_close(applied(stored_map(query, key), value), expected, value)
+    query, key, value = random_qkv(length, *heads, HEAD_SIZE)
+    expected = product(reference_probs(query, key, Mask()), value)
+    assert_close(applied(own_map(query, key, Mask()), value), expected, value)
 
 
+@settings(deadline=None)
+@given(lengths, heads, head_sizes, masks)
+def test_applying_a_sequences_own_map_is_attention_under_any_mask(
+    length: int, heads: tuple[int, int], head_size: int, mask: Mask
+) -> None:
+    query, key, value = random_qkv(length, *heads, head_size)
+    expected = product(reference_probs(query, key, mask), value)
+    assert_close(applied(own_map(query, key, mask), value), expected, value)
+
+
+@pytest.mark.parametrize("window", [None, 1, 50, 64, 100, 299, 5000])
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("length", [1, 63, 64, 100, 128, 129, 299, 300])
-def test_a_longer_map_serves_every_prefix_exactly(length: int, heads: tuple[int, int]) -> None:
-    query, key, value = (tensor for tensor in random_qkv(300, *heads))
-    prefix = value[:length]
-    expected = reference_attention(query[:length], key[:length], prefix)
-    assert_close(applied(stored_map(query, key), prefix), expected, value)
+def test_a_longer_causal_map_serves_every_prefix_exactly(
+    length: int, heads: tuple[int, int], window: int | None
+) -> None:
+    query, key, value = random_qkv(300, *heads, HEAD_SIZE)
+    mask, prefix = Mask(window=window), value[:length]
+    expected = product(reference_probs(query[:length], key[:length], mask), prefix)
+    assert_close(applied(own_map(query, key, mask), prefix), expected, value)
 
 
-def test_values_after_the_query_are_invisible() -> None:
-    query, key, value = random_qkv(130, 4, 2)
+@settings(deadline=None)
+@given(lengths, heads, masks, st.integers(0, 299))
+def test_values_that_the_mask_hides_do_not_matter(
+    length: int, heads: tuple[int, int], mask: Mask, column: int
+) -> None:
+    column %= length
+    _, _, value = random_qkv(length, *heads, HEAD_SIZE)
+    maps = random_map(length, *heads, mask)
     changed = value.clone()
-    changed[100:] += 1
-    maps = stored_map(query, key)
-    assert torch.equal(applied(maps, value)[:100], applied(maps, changed)[:100])
+    changed[column] += 1
+    differs = (applied(maps, value) != applied(maps, changed)).any(1)
+    assert not differs[~visible(mask, length)[:, column]].any()
+    assert differs[column] or maps.to_dense()[:, column, column].max() < 0.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_product_is_computed_in_the_dtype_of_the_values(dtype: torch.dtype) -> None:
-    query, key, value = random_qkv(150, 4, 2)
-    out = applied(stored_map(query, key), value.to(dtype))
+    query, key, value = random_qkv(150, 4, 2, HEAD_SIZE)
+    out = applied(own_map(query, key, Mask()), value.to(dtype))
     assert out.dtype == dtype
-    assert_close(out, reference_attention(query, key, value), value)
+    assert_close(out, product(reference_probs(query, key, Mask()), value), value)
 
 
 def test_values_may_be_a_slice_of_qkv_and_out_a_slice_of_a_batch() -> None:
-    query, key, value = random_qkv(150, 4, 2)
-    maps = stored_map(query, key)
+    query, key, value = random_qkv(150, 4, 2, HEAD_SIZE)
+    maps = own_map(query, key, Mask())
     qkv = torch.cat([query, key, value], dim=1)
     batch = torch.zeros(200, 4 * HEAD_SIZE, dtype=torch.bfloat16)
     apply_map(maps, qkv[:, 6:], batch[20:170])
@@ -105,7 +128,7 @@ def test_values_may_be_a_slice_of_qkv_and_out_a_slice_of_a_batch() -> None:
 @pytest.mark.parametrize(
     ("value_shape", "out_shape", "message"),
     [
-        ((11, 2, 8), (11, 32), "serves 1 to 10 tokens"),
+        ((11, 2, 8), (11, 32), "causal map of 10 tokens serves 1 to 10 tokens"),
         ((0, 2, 8), (0, 32), "serves 1 to 10 tokens"),
         ((10, 4, 8), (10, 32), r"value must be \[L, 2, d\]"),
         ((10, 16), (10, 32), r"value must be \[L, 2, d\]"),
@@ -116,53 +139,171 @@ def test_values_may_be_a_slice_of_qkv_and_out_a_slice_of_a_batch() -> None:
 def test_shapes_that_do_not_fit_the_map_are_refused(
     value_shape: tuple[int, ...], out_shape: tuple[int, ...], message: str
 ) -> None:
-    maps = decode_causal(encode_causal(torch.eye(10).expand(4, 10, 10)), 4, 2, 10)
+    maps = stored(torch.eye(10).expand(4, 10, 10), 2, Mask())
     with pytest.raises(ValueError, match=message):
         apply_map(maps, torch.zeros(value_shape), torch.zeros(out_shape))
 
 
+@pytest.mark.parametrize("mask", [BIDIRECTIONAL, Mask(causal=False, window=4)])
+@pytest.mark.parametrize("length", [0, 1, 9, 11])
+def test_a_bidirectional_map_serves_its_own_length_only(length: int, mask: Mask) -> None:
+    maps = stored(torch.eye(10).expand(4, 10, 10), 2, mask)
+    with pytest.raises(ValueError, match=r"bidirectional.* map of 10 tokens serves 10 to 10"):
+        apply_map(maps, torch.zeros(length, 2, 8), torch.zeros(length, 32))
+
+
+# -- cropping ----------------------------------------------------------------------------------
+
+
 @settings(deadline=None)
-@given(st.integers(1, 10_000))
-def test_row_blocks_cover_every_row_once_in_aligned_pieces(length: int) -> None:
-    bounds = block_bounds(length)
+@given(lengths, st.integers(1, 300), heads, bidirectional_masks)
+def test_a_cropped_map_is_the_leading_block_with_rows_that_sum_to_one(
+    length: int, more: int, heads: tuple[int, int], mask: Mask
+) -> None:
+    whole = random_map(length + more, *heads, mask)
+    cropped = crop(whole, length)
+    block = whole.to_dense()[:, :length, :length].double()
+    expected = block / block.sum(-1, keepdim=True)
+    assert (cropped.layout, cropped.length) == (whole.layout, length)
+    dense = cropped.to_dense().double()
+    torch.testing.assert_close(dense, expected, rtol=1.01 * ROUNDOFF, atol=1e-30)
+    torch.testing.assert_close(
+        dense.sum(-1), torch.ones(heads[0], length).double(), rtol=0.004, atol=0
+    )
+
+
+@settings(deadline=None)
+@given(lengths, heads, bidirectional_masks)
+def test_a_cropped_map_can_be_applied(length: int, heads: tuple[int, int], mask: Mask) -> None:
+    cropped = crop(random_map(length + 70, *heads, mask), length)
+    _, _, value = random_qkv(length, *heads, HEAD_SIZE)
+    expected = product(cropped.to_dense(), value)
+    assert_close(applied(cropped, value), expected, value)
+
+
+def test_cropping_keeps_the_longer_map_as_it_was() -> None:
+    whole = random_map(130, 4, 2, BIDIRECTIONAL)
+    before = whole.to_dense()
+    crop(whole, 100)
+    assert torch.equal(whole.to_dense(), before)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_row_of_which_nothing_is_left_is_spread_over_what_it_sees(window: int | None) -> None:
+    mask = Mask(causal=False, window=window)
+    probs = torch.eye(200).expand(4, 200, 200).clone()
+    probs[3, 160, 160], probs[3, 160, 167] = 0, 1
+    probs[2, 161, 161], probs[2, 161, 167] = 1e-30, 1  # very little is not nothing
+    cropped = crop(stored(probs, 2, mask), 165)
+    expected = torch.eye(165).expand(4, 165, 165).clone()
+    seen = visible(mask, 165)[160]
+    expected[3, 160] = seen / seen.sum()
+    assert torch.equal(cropped.to_dense(), expected.bfloat16())
+
+
+def test_a_causal_map_and_one_of_that_length_already_are_not_cropped() -> None:
+    for mask in (Mask(), Mask(window=7)):
+        causal = random_map(20, 4, 2, mask)
+        assert crop(causal, 5) is causal
+    bidirectional = random_map(20, 4, 2, BIDIRECTIONAL)
+    assert crop(bidirectional, 20) is bidirectional
+
+
+@pytest.mark.parametrize("mask", [Mask(), BIDIRECTIONAL])
+@pytest.mark.parametrize("length", [0, -1, 21])
+def test_a_map_is_not_cropped_to_what_it_does_not_hold(length: int, mask: Mask) -> None:
+    with pytest.raises(ValueError, match="cropped to 1 to 20"):
+        crop(random_map(20, 4, 2, mask), length)
+
+
+# -- row blocks --------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(1, 10_000), masks)
+def test_row_blocks_cover_every_row_once_in_aligned_pieces(length: int, mask: Mask) -> None:
+    bounds = block_bounds(mask, length)
     assert [row for start, stop in bounds for row in range(start, stop)] == list(range(length))
-    assert len(bounds) <= 4
     assert all(start % 32 == 0 for start, _ in bounds)
     assert all(stop - start >= min(64, length) for start, stop in bounds)
 
 
-@pytest.mark.parametrize(("length", "share"), [(512, 0.625), (2048, 0.625), (64, 1.0)])
-def test_long_maps_hold_five_eighths_of_the_square(length: int, share: float) -> None:
-    held = sum((stop - start) * stop for start, stop in block_bounds(length))
-    assert held == share * length**2
+@pytest.mark.parametrize(
+    ("mask", "length", "blocks", "share"),
+    [
+        (Mask(), 64, 1, 1.0),
+        (Mask(), 512, 4, 0.625),
+        (Mask(), 2048, 4, 0.625),
+        (Mask(window=512), 512, 4, 0.625),
+        (Mask(window=512), 8192, 16, 0.121),
+        (Mask(window=32), 512, 8, 0.178),
+        (BIDIRECTIONAL, 512, 1, 1.0),
+        (Mask(causal=False, window=64), 512, 8, 0.340),
+        (Mask(causal=False, window=600), 512, 1, 1.0),
+    ],
+)
+def test_the_more_a_mask_hides_the_less_is_held(
+    mask: Mask, length: int, blocks: int, share: float
+) -> None:
+    bounds = block_bounds(mask, length)
+    held = sum(
+        (stop - start) * (mask.columns(stop - 1, length)[1] - mask.columns(start, length)[0])
+        for start, stop in bounds
+    )
+    assert len(bounds) == blocks
+    assert held / length**2 == pytest.approx(share, abs=0.001)
 
 
 def test_nbytes_counts_the_blocks() -> None:
-    maps = decode_causal(encode_causal(torch.eye(512).expand(4, 512, 512)), 4, 2, 512)
+    maps = stored(torch.eye(512).expand(4, 512, 512), 2, Mask())
     assert maps.nbytes == 4 * 0.625 * 512**2 * 2
+
+
+def test_moving_a_map_keeps_its_layout() -> None:
+    maps = random_map(70, 4, 2, Mask(window=20))
+    moved = maps.to(torch.device("meta"))
+    assert (moved.layout, moved.length, moved.nbytes) == (maps.layout, 70, maps.nbytes)
+    assert all(block.probs.is_meta for block in moved.blocks)
+    same = maps.to(torch.device("cpu"))
+    assert [b.probs.data_ptr() for b in same.blocks] == [b.probs.data_ptr() for b in maps.blocks]
 
 
 @pytest.mark.parametrize("length", [0, -1])
 def test_row_blocks_of_nothing_are_refused(length: int) -> None:
     with pytest.raises(ValueError, match="length must be at least 1"):
-        block_bounds(length)
+        block_bounds(Mask(), length)
 
 
-@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
-def test_exact_probabilities_are_causal_softmax(heads: tuple[int, int]) -> None:
-    query, key, _ = random_qkv(70, *heads)
-    probs = exact_causal_probs(query, key, SCALE)
+# -- recording ---------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(
+    length=st.integers(1, 90),
+    heads=heads,
+    head_size=head_sizes,
+    mask=masks,
+    soft_cap=st.sampled_from([None, 0.5, 5.0, 50.0]),
+)
+def test_exact_probabilities_are_the_masked_softmax(
+    length: int, heads: tuple[int, int], head_size: int, mask: Mask, soft_cap: float | None
+) -> None:
+    query, key, _ = random_qkv(length, *heads, head_size)
+    probs = exact_probs(query, key, head_size**-0.5, mask, soft_cap)
     assert probs.dtype == torch.float32
-    assert probs.shape == (heads[0], 70, 70)
-    assert not probs.triu(1).any()
-    torch.testing.assert_close(probs.sum(-1), torch.ones(heads[0], 70))
-    one_hot = torch.eye(70).unsqueeze(1).expand(70, heads[1], 70)
-    expected = reference_attention(query, key, one_hot).view(70, heads[0], 70).transpose(0, 1)
+    assert not probs[:, ~visible(mask, length)].any()
+    expected = reference_probs(query, key, mask, soft_cap)
     torch.testing.assert_close(probs.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_query_and_key_of_different_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="equal L and d"):
-        exact_causal_probs(torch.zeros(4, 2, 8), torch.zeros(5, 2, 8), 1.0)
+        exact_probs(torch.zeros(4, 2, 8), torch.zeros(5, 2, 8), 1.0, Mask())
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
-        exact_causal_probs(torch.zeros(4, 3, 8), torch.zeros(4, 2, 8), 1.0)
+        exact_probs(torch.zeros(4, 3, 8), torch.zeros(4, 2, 8), 1.0, Mask())
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_soft_cap_that_caps_nothing_sensible_is_refused(soft_cap: float) -> None:
+    with pytest.raises(ValueError, match="soft_cap must be a finite number above 0"):
+        exact_probs(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), 1.0, Mask(), soft_cap)

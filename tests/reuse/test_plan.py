@@ -12,6 +12,7 @@ layer_plans = st.builds(
     LayerPlan,
     source=st.sampled_from(["exact", "cached"]),
     max_distance=st.floats(0, 1e6),
+    crop=st.booleans(),
 )
 
 
@@ -48,13 +49,20 @@ def test_last_third_reuses_the_last_layers(num_layers: int, reused: range | list
     assert plan.feature_layer == 0
     assert len(plan.layers) == num_layers
     assert plan.reused_layers == tuple(reused)
-    assert {plan.layers[i].max_distance for i in reused} == {0.25}
+    assert {plan.layers[i] for i in reused} == {LayerPlan("cached", 0.25, crop=False)}
+    assert {Plan.last_third(num_layers, 0.25, crop=True).layers[i].crop for i in reused} == {True}
 
 
 def test_reusing_takes_layers_in_any_order() -> None:
     plan = Plan.reusing(5, [4, 2, 4], 0.5, feature_layer=2)
     assert plan.reused_layers == (2, 4)
     assert plan.first_reused == plan.feature_layer == 2
+
+
+def test_reused_layers_crop_if_they_are_told_to() -> None:
+    for crop in (True, False):
+        plan = Plan.reusing(5, [2, 4], 0.5, crop=crop)
+        assert [plan.layers[i].crop for i in plan.reused_layers] == [crop, crop]
 
 
 def test_a_plan_may_reuse_nothing() -> None:
@@ -105,6 +113,10 @@ def with_layer(index: int, **fields: Any) -> dict[str, Any]:
         (with_layer(1, max_distance=True), "max_distance must be a finite number"),
         (with_layer(0, max_distance=None), "max_distance must be a finite number"),
         (with_layer(0, max_distance=10**400), "max_distance must be a finite number"),
+        (with_layer(1, crop=1), "crop must be true or false"),
+        (with_layer(1, crop=None), "crop must be true or false"),
+        (with_layer(0, crop="no"), "crop must be true or false"),
+        (changed(layers=[{"source": "exact", "max_distance": 0.0}]), "exactly the keys"),
     ],
 )
 def test_a_bad_plan_is_refused_with_the_rule_and_the_value(data: object, message: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attncache_vllm.store import LocalStore, Namespace, Record
+from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace, Record
 
 NAMESPACE = Namespace(
     model="org/model",
@@ -22,6 +22,7 @@ NAMESPACE = Namespace(
     tensor_parallel="0/1",
 )
 FEATURE_DIM = 8
+ANY_LENGTH = (1, MAX_LENGTH)
 
 
 def make_record(number: int, *, map_bytes: int | None = None) -> Record:

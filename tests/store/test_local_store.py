@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_samples import (
+    ANY_LENGTH,
     FEATURE_DIM,
     NAMESPACE,
     assert_same,
@@ -24,7 +25,7 @@ from store_samples import (
 )
 
 from attncache_vllm.errors import NamespaceMismatch, StoreDamaged, StoreError, StoreTimeout
-from attncache_vllm.store import LocalStore, Namespace
+from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace
 from attncache_vllm.store import manifest as manifest_module
 from attncache_vllm.store import published as published_module
 from attncache_vllm.store.index import FeatureIndex, build_index
@@ -122,7 +123,7 @@ def test_loaded_records_outlive_their_store(store_path: Path) -> None:
     "use",
     [
         lambda s: s.load([0], deadline=NEVER),
-        lambda s: s.lookup(make_features(1), [1], neighbours=1, deadline=NEVER),
+        lambda s: s.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER),
         lambda s: s.put(make_record(0)),
         lambda s: s.commit(),
         lambda s: s.verify(),
@@ -151,24 +152,32 @@ def test_an_unknown_entry_id_is_named(store_path: Path) -> None:
 # -- looking up --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 1 << 20),
-    entries=st.integers(1, 200),
-    queries=st.integers(1, 30),
-    neighbours=st.integers(1, 6),
+    entries=st.integers(1, 300),
+    queries=st.integers(0, 20),
+    neighbours=st.integers(0, 6),
+    longest_entry=st.sampled_from([1, 5, 60]),
 )
-def test_lookup_equals_brute_force(seed: int, entries: int, queries: int, neighbours: int) -> None:
+def test_lookup_equals_brute_force(
+    seed: int, entries: int, queries: int, neighbours: int, longest_entry: int
+) -> None:
     random = np.random.default_rng(seed)
     features = random.normal(size=(entries, 5)).astype(np.float32)
     asked = random.normal(size=(queries, 5)).astype(np.float32)
-    lengths = random.integers(1, 50, entries)
-    asked_lengths = random.integers(1, 60, queries).tolist()
+    lengths = random.integers(1, longest_entry + 1, entries)
+    # Exact lengths, open and closed ranges, empty ones, and ranges nothing is in.
+    shortest = random.integers(1, longest_entry + 10, queries)
+    kinds = [shortest, shortest + 5, shortest - 1, np.full(queries, MAX_LENGTH)]
+    longest = np.choose(random.integers(0, len(kinds), queries), kinds)
+    bounds = list(zip(shortest.tolist(), longest.tolist(), strict=True))
     index = FeatureIndex(build_index(features, "Flat"), features, lengths)
-    answers = index.search(asked, asked_lengths, neighbours, NEVER)
-    for query, length, answer in zip(asked, asked_lengths, answers, strict=True):
+    answers = index.search(asked, bounds, neighbours, NEVER)
+    for query, (low, high), answer in zip(asked, bounds, answers, strict=True):
         distances = np.linalg.norm(features - query, axis=1)
-        nearest = [int(i) for i in np.argsort(distances) if lengths[i] >= length][:neighbours]
+        usable = [int(i) for i in np.argsort(distances) if low <= lengths[i] <= high]
+        nearest = usable[:neighbours]
         assert [n.entry_id for n in answer] == nearest
         assert [n.length for n in answer] == lengths[nearest].tolist()
         np.testing.assert_allclose([n.distance for n in answer], distances[nearest], rtol=1e-6)
@@ -180,25 +189,50 @@ def test_far_entries_are_found_behind_many_that_are_too_short(far: int) -> None:
     lengths = [10] * (500 - far) + [1000] * far
     index = FeatureIndex(build_index(features, "Flat"), features, lengths)
     query = np.zeros((1, 1), np.float32)
-    (found,) = index.search(query, [11], 3, NEVER)
-    assert [n.entry_id for n in found] == list(range(500 - far, 500))[:3]
-    assert index.search(query, [1001], 3, NEVER) == [[]]
+    for bounds in ((11, MAX_LENGTH), (11, 1000), (1000, 1000)):
+        (found,) = index.search(query, [bounds], 3, NEVER)
+        assert [n.entry_id for n in found] == list(range(500 - far, 500))[:3]
+    assert index.search(query, [(1001, MAX_LENGTH)], 3, NEVER) == [[]]
+    assert index.search(query, [(11, 999)], 3, NEVER) == [[]]
 
 
-def test_an_approximate_index_answers_in_order_and_long_enough() -> None:
+def test_an_approximate_index_answers_in_order_and_with_the_right_length() -> None:
     features = make_features(400)
     lengths = np.arange(400) % 100 + 1
     index = FeatureIndex(build_index(features, "IVF4,SQ8"), features, lengths)
-    (answer,) = index.search(features[77:78], [50], 5, NEVER)
+    (answer,) = index.search(features[77:78], [(50, 90)], 5, NEVER)
     assert answer[0].entry_id == 77 and answer[0].distance == 0.0
     assert [n.distance for n in answer] == sorted(n.distance for n in answer)
-    assert all(n.length >= 50 for n in answer)
+    assert all(50 <= n.length <= 90 for n in answer)
+
+
+def test_the_few_entries_of_one_length_are_all_found_whatever_the_index() -> None:
+    features = make_features(400)
+    lengths = np.arange(400) % 100 + 1
+    index = FeatureIndex(build_index(features, "IVF16,SQ8"), features, lengths)
+    for query in range(400):
+        (answer,) = index.search(features[query : query + 1], [(lengths[query],) * 2], 9, NEVER)
+        same = np.flatnonzero(lengths == lengths[query])
+        distances = np.linalg.norm(features[same] - features[query], axis=1)
+        assert [n.entry_id for n in answer] == same[np.argsort(distances)].tolist()
+
+
+@pytest.mark.parametrize("bounds", [(7, 7), (1, 9), (0, 9)])
+def test_a_forgotten_entry_is_found_by_no_length(bounds: tuple[int, int]) -> None:
+    features = make_features(90)
+    index = FeatureIndex(build_index(features, "Flat"), features, np.arange(90) % 30 + 1)
+    query = features[36:37]  # its length is 7
+    (before,) = index.search(query, [bounds], 90, NEVER)
+    index.forget(36)
+    index.forget(90)  # not indexed
+    assert before[0].entry_id == 36
+    assert index.search(query, [bounds], 90, NEVER) == [before[1:]]
 
 
 def test_a_stored_feature_is_at_distance_zero_even_far_from_the_origin() -> None:
     features = make_features(64) + 1000
     index = FeatureIndex(build_index(features, "Flat"), features, [1] * 64)
-    answers = index.search(features, [1] * 64, 1, NEVER)
+    answers = index.search(features, [ANY_LENGTH] * 64, 1, NEVER)
     assert [a[0].entry_id for a in answers] == list(range(64))
     assert all(a[0].distance == 0.0 for a in answers)
 
@@ -209,7 +243,7 @@ def test_a_search_leaves_the_number_of_threads_as_it_was() -> None:
     before = faiss.omp_get_max_threads()
     try:
         faiss.omp_set_num_threads(2)
-        index.search(features, [1] * 20, 3, NEVER)
+        index.search(features, [ANY_LENGTH] * 20, 3, NEVER)
         assert faiss.omp_get_max_threads() == 2
     finally:
         faiss.omp_set_num_threads(before)
@@ -217,12 +251,15 @@ def test_a_search_leaves_the_number_of_threads_as_it_was() -> None:
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW8"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_query_that_is_not_finite_has_no_neighbours(factory: str, value: float) -> None:
+@pytest.mark.parametrize("bounds", [ANY_LENGTH, (2, 2)])
+def test_a_query_that_is_not_finite_has_no_neighbours(
+    factory: str, value: float, bounds: tuple[int, int]
+) -> None:
     features = make_features(50)
-    index = FeatureIndex(build_index(features, factory), features, [1] * 50)
+    index = FeatureIndex(build_index(features, factory), features, [1] * 48 + [2] * 2)
     queries = make_features(3)
     queries[1, 0] = value
-    found = index.search(queries, [1, 1, 1], 2, NEVER)
+    found = index.search(queries, [bounds] * 3, 2, NEVER)
     assert [len(neighbours) for neighbours in found] == [2, 0, 2]
 
 
@@ -230,17 +267,19 @@ def test_a_query_of_the_wrong_shape_is_named(store_path: Path) -> None:
     with LocalStore.open(store_path) as store:
         for shape in ((1, FEATURE_DIM + 1), (2, FEATURE_DIM), (FEATURE_DIM,)):
             with pytest.raises(StoreError, match="features must be"):
-                store.lookup(np.zeros(shape, np.float32), [1], neighbours=1, deadline=NEVER)
+                store.lookup(
+                    np.zeros(shape, np.float32), [ANY_LENGTH], neighbours=1, deadline=NEVER
+                )
 
 
 def test_late_calls_are_refused_and_counted(store_path: Path) -> None:
     with LocalStore.open(store_path) as store:
         past = time.monotonic() - 1
         with pytest.raises(StoreTimeout):
-            store.lookup(make_features(1), [1], neighbours=1, deadline=past)
+            store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=past)
         with pytest.raises(StoreTimeout):
             store.load([0], deadline=past)
-        store.lookup(make_features(1), [1], neighbours=1, deadline=time.monotonic() + 60)
+        store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=time.monotonic() + 60)
         stats = store.stats()
         assert (stats.lookups, stats.late, stats.damaged) == (2, 2, 0)
 
@@ -270,7 +309,7 @@ def test_before_calibration_there_is_nothing_to_look_up(tmp_path: Path) -> None:
         for use in (
             lambda: store.plan,
             lambda: store.projector_bytes,
-            lambda: store.lookup(make_features(1), [1], neighbours=1, deadline=NEVER),
+            lambda: store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER),
         ):
             with pytest.raises(StoreError, match="calibrate"):
                 use()
@@ -312,7 +351,7 @@ def test_publishing_again_replaces_the_files_under_a_reader(store_path: Path) ->
     for kind in ("projector", "features", "index"):
         assert len(files_like(store_path, kind)) == 1
     query = make_features(12)[5:6]
-    assert reader.lookup(query, [1], neighbours=1, deadline=NEVER)[0][0].entry_id == 5
+    assert reader.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)[0][0].entry_id == 5
     assert_same(load_one(reader, 5), make_record(5))
     assert reader.projector_bytes == b"projector"
     assert LocalStore.open(store_path).projector_bytes == b"another"
@@ -340,7 +379,7 @@ def test_entries_put_after_the_publication_are_kept_but_not_found(store_path: Pa
         store.put(make_record(12))
         store.commit()
     with LocalStore.open(store_path) as store:
-        found = store.lookup(make_features(1), [1], neighbours=99, deadline=NEVER)[0]
+        found = store.lookup(make_features(1), [ANY_LENGTH], neighbours=99, deadline=NEVER)[0]
         assert {n.entry_id for n in found} == set(range(12))
         assert_same(load_one(store, 12), make_record(12))
         report = store.verify()
@@ -358,9 +397,9 @@ def test_a_damaged_record_is_skipped_counted_once_and_not_found_again(
     flip(store_path / f"maps-{entry.segment:06d}", entry.offset + entry.size - 1)
     query = make_features(12)[4:5]
     with LocalStore.open(store_path) as store:
-        assert store.lookup(query, [1], neighbours=1, deadline=NEVER)[0][0].entry_id == 4
+        assert store.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)[0][0].entry_id == 4
         assert store.load([4, 5, 4], deadline=NEVER)[::2] == [None, None]
-        found = store.lookup(query, [1], neighbours=12, deadline=NEVER)[0]
+        found = store.lookup(query, [ANY_LENGTH], neighbours=12, deadline=NEVER)[0]
         assert {n.entry_id for n in found} == set(range(12)) - {4}
         assert [entry_id for entry_id, _ in store.records()] == [n for n in range(12) if n != 4]
         assert store.stats().damaged == 1
@@ -393,7 +432,7 @@ def test_a_damaged_index_is_built_again(store_path: Path, harm: str) -> None:
     flip(index_file, 40) if harm == "flip" else index_file.unlink()
     with LocalStore.open(store_path) as store:
         features = make_features(12)
-        found = store.lookup(features, [1] * 12, neighbours=1, deadline=NEVER)
+        found = store.lookup(features, [ANY_LENGTH] * 12, neighbours=1, deadline=NEVER)
         assert [neighbours[0].entry_id for neighbours in found] == list(range(12))
         assert store.stats().damaged == 1
         assert [index_file.name in problem for problem in store.verify().problems] == [True]
@@ -434,7 +473,7 @@ def test_a_folder_deleted_while_open_is_no_crash(store_path: Path) -> None:
         assert_same(load_one(store, 0), make_record(0))
         assert load_one(store, 11) is None
         assert store.stats().damaged == 1
-        assert store.lookup(make_features(1), [1], neighbours=1, deadline=NEVER)[0]
+        assert store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER)[0]
         assert not store.verify().ok
     writer.put(make_record(99))
     with pytest.raises(StoreError, match="commit"):
@@ -531,7 +570,7 @@ def test_many_threads_may_read(store_path: Path) -> None:
     def use(number: int) -> None:
         entry_id = number % 12
         query = features[entry_id : entry_id + 1]
-        found = store.lookup(query, [1], neighbours=1, deadline=NEVER)
+        found = store.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)
         assert found[0][0].entry_id == entry_id
         assert_same(load_one(store, entry_id), make_record(entry_id))
 
