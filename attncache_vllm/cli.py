@@ -121,6 +121,7 @@ def build(
         from attncache_vllm.calibrate.build import build as build_store
         from attncache_vllm.calibrate.corpus import read_corpus
 
+        _check_model_comes_first(model)
         options = BuildOptions(
             model=model,
             store=store,
@@ -258,10 +259,7 @@ def doctor(
     from attncache_vllm.doctor import examine
 
     with user_errors():
-        if model is not None and model.startswith("-"):
-            raise AttnCacheError(
-                f"the model must come before the options of `vllm serve`, got {model!r} first"
-            )
+        _check_model_comes_first(model)
         checks = examine(store, model, context.args)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
@@ -277,6 +275,13 @@ def doctor(
         out.print(table)
     if any(check.state == "problem" for check in checks):
         raise typer.Exit(1)
+
+
+def _check_model_comes_first(model: str | None) -> None:
+    if model is not None and model.startswith("-"):
+        raise AttnCacheError(
+            f"the model must come before the options of `vllm serve`, got {model!r} first"
+        )
 
 
 def _merged(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:

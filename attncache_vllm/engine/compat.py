@@ -236,11 +236,13 @@ def leave_bypass_counter(
     vllm_config: VllmConfig, counter: Callable[[MetadataSource], None]
 ) -> None:
     """Have ``counter`` called with every batch of an engine none of whose layers has reuse."""
-    from vllm.model_executor.layers.attention import Attention, MLAAttention
-
-    # Other entries (state space, mixture of experts ...) have no metadata that our builder makes.
+    # Other entries (state space, mixture of experts, layers with a backend that the model chose)
+    # have no metadata that our builder makes.
     layers = vllm_config.compilation_config.static_forward_context.values()
-    for layer in [layer for layer in layers if isinstance(layer, Attention | MLAAttention)][:1]:
+    ours = [
+        layer for layer in layers if getattr(getattr(layer, "impl", None), "asks_treatment", False)
+    ]
+    for layer in ours[:1]:
         layer.attncache_bypass = counter
 
 

@@ -194,8 +194,8 @@ def make_model(count: int = 3, shape: Shape | None = None) -> Any:
 
 
 def make_config(settings: dict[str, Any] | None = None, **changes: Any) -> Any:
-    """vLLM's configuration of an engine on ``make_model()``, with our backend and nothing in the way
-    of reuse.
+    """vLLM's configuration of an engine on ``make_model()`` with our backend, and with nothing in
+    the way of reuse.
 
     ``settings`` are the plugin's. A key of ``changes`` is a part and its field, like
     ``cache_config__enable_prefix_caching``.
