@@ -32,6 +32,7 @@ TORCH_ARGS := $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--extra-
 
 help:
 	@echo "make demo              serve a real model with and without reuse, compare the answers"
+	@echo "make eval-encoders     a real encoder on STS-B, exact and with reuse"
 	@echo "make test              unit and integration tests"
 	@echo "make test-unit         unit tests only (under a minute)"
 	@echo "make test-integration  tests against a real server"
@@ -71,6 +72,9 @@ assets: venv
 
 demo: assets
 	$(BIN)/python -m benchmarks.demo
+
+eval-encoders: assets
+	$(BIN)/python -m benchmarks.eval_encoders
 
 test: assets
 	$(BIN)/python -m pytest tests integration_tests

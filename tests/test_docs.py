@@ -83,7 +83,9 @@ def test_a_table_without_its_place_is_an_error() -> None:
         tables().with_tables("no place")
 
 
-@pytest.mark.parametrize("name", ["why_engine_bypassed", "_why_not", "_who_reads", "_why_scores_only"])
+@pytest.mark.parametrize(
+    "name", ["why_engine_bypassed", "_why_not", "_who_reads", "_why_scores_only"]
+)
 def test_every_reason_for_a_bypass_is_documented(name: str) -> None:
     reasons = returned_strings(PACKAGE / "engine" / "eligibility.py", name)
     assert reasons
