@@ -47,7 +47,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", default="2-3", help="layers with reuse, of 0-5")
     parser.add_argument("--entries", type=int, default=4000, help="sentences in the store")
-    parser.add_argument("--max-distance", type=float, default=0.2, help="gate")
+    parser.add_argument(
+        "--max-distance", type=float, default=1.0, help="gate; by default every match is taken"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/eval-encoders"))
     options = parser.parse_args()
     # Ended politely or not, the context managers below end the servers.
