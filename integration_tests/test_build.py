@@ -90,14 +90,26 @@ def test_doctor_approves_of_a_sound_store(store: Path, attncache: Command) -> No
     assert states["plugin"] == states["store"] == states["vLLM version"] == "ok"
 
 
+def test_doctor_says_for_each_layer_of_a_model_what_a_hit_skips(
+    store: Path, model: Path, attncache: Command
+) -> None:
+    pooling = ("--pooler-config", '{"seq_pooling_type": "MEAN"}')
+    ended = attncache("doctor", model, "--store", store, "--json", *pooling)
+    assert ended.code == 0, ended.log
+    findings = {check["what"]: check["finding"] for check in json.loads(ended.stdout)}
+    layers = {what: finding for what, finding in findings.items() if what.startswith("layer ")}
+    assert layers == {f"layer {i}": "reusable (causal)" for i in range(NUM_LAYERS)}
+
+
 def test_doctor_says_why_every_request_of_a_model_would_be_bypassed(
     store: Path, model: Path, attncache: Command
 ) -> None:
     # The model's own pooling takes the last token, for which vLLM caches prefixes.
-    ended = attncache("doctor", "--store", store, "--model", model, "--json")
+    ended = attncache("doctor", model, "--store", store, "--json")
     assert ended.code == 1, ended.log
     findings = {check["what"]: check["finding"] for check in json.loads(ended.stdout)}
     assert "prefix caching" in findings["engine"]
+    assert "partly reusable" in findings["layer 0"]
 
 
 def test_doctor_exits_1_without_the_store(tmp_path: Path, attncache: Command) -> None:
