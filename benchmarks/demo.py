@@ -17,7 +17,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -56,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     options = parser.parse_args()
     # Ended politely or not, the context managers below end the servers.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(options.entries, options.requests, options.out)
     except KeyboardInterrupt:
@@ -200,10 +199,6 @@ def show(report: dict[str, Any]) -> None:
         else:
             table.add_row(key, str(value))
     console.print(table)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

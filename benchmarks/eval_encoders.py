@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/eval-encoders"))
     options = parser.parse_args()
     # Ended politely or not, the context managers below end the servers.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         run(options.layers, options.entries, options.max_distance, options.out)
     except KeyboardInterrupt:
@@ -199,10 +198,6 @@ def show(report: dict[str, Any]) -> None:
         if key != "details":
             table.add_row(key, str(value))
     console.print(table)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":
