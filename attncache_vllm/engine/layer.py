@@ -153,7 +153,7 @@ class ReuseScores:
             apply_map(maps[row], value[start:stop], output[start:stop].flatten(1))
         if split.misses is not None:
             tokens = split.misses.tokens
-            rest = torch.empty_like(output[tokens])
+            rest = output.new_empty(len(tokens), *output.shape[1:])
             exact(query[tokens], key[tokens], value[tokens], split.misses.attn_metadata, rest)
             output[tokens] = rest
 
