@@ -23,6 +23,7 @@ from rich.text import Text
 from attncache_vllm.errors import AttnCacheError, StoreDamaged, StoreError
 
 if TYPE_CHECKING:
+    from attncache_vllm.calibrate.measure import Task
     from attncache_vllm.doctor import Check
 
 app = typer.Typer(
@@ -97,13 +98,6 @@ def build(
             "counts as a hit.",
         ),
     ] = 0.2,
-    crop: Annotated[
-        bool,
-        typer.Option(
-            help="Bidirectional models: let a longer entry serve a shorter text, its map cut and "
-            "renormalised. Otherwise only entries of equal length do."
-        ),
-    ] = False,
     factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
     seed: Annotated[int, typer.Option(help="Seed of the projector's training.")] = 0,
     as_json: JsonOption = False,
@@ -111,8 +105,9 @@ def build(
     """Record attention maps of a corpus by running the model in vLLM.
 
     Cut off, it continues where it stopped when called again; with a higher `--max-entries` or
-    another corpus it extends the store. Other options are taken as those of `vllm serve`: give
-    those that change what the model computes, like `--dtype`, as you will serve it.
+    another corpus it extends the store. A store that was calibrated keeps its plan and gates.
+    Other options are taken as those of `vllm serve`: give those that change what the model
+    computes, like `--dtype`, as you will serve it.
 
     Example: `attncache build ./SmolLM2 --corpus texts.jsonl --store ./maps --max-entries 500`
     """
@@ -131,7 +126,6 @@ def build(
             max_bytes=max_bytes,
             min_tokens=min_tokens,
             max_tokens=max_tokens,
-            crop=crop,
             max_distance=max_distance,
             factory=factory,
             seed=seed,
@@ -152,20 +146,139 @@ def build(
     table.add_row("recording", f"{report['sequences_per_second']:.2f} sequences/s")
     if report["parity"]:
         table.add_row("own-map error", f"{max(report['parity'].values()):.4f} (relative, worst)")
-    table.add_row("training loss", f"{training['train_loss']:.5f}")
-    table.add_row("held-out loss", f"{training['heldout_loss']:.5f}")
-    table.add_row("rank correlation", f"{training['rank_correlation']:.3f} (held out)")
+    if training is None:
+        table.add_row("plan", "kept as calibrated, with its projector and gates")
+    else:
+        table.add_row("training loss", f"{training['train_loss']:.5f}")
+        table.add_row("held-out loss", f"{training['heldout_loss']:.5f}")
+        table.add_row("rank correlation", f"{training['rank_correlation']:.3f} (held out)")
     out.print(table)
-    if training["rank_correlation"] < WEAK_CORRELATION:
+    if training is not None and training["rank_correlation"] < WEAK_CORRELATION:
         err.print(
             "warning: on held-out texts the feature hardly tells near maps from far ones; record "
             "more texts, or texts more like those to be served"
         )
 
 
+@app.command(context_settings=SERVE_OPTIONS)
+def calibrate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, as for vLLM.")],
+    store: Annotated[Path, typer.Option(help="Folder of the store whose plan is calibrated.")],
+    corpus: Annotated[
+        Path, typer.Option(help="Texts like those to be served, not those of the store.")
+    ],
+    budget: Annotated[
+        str, typer.Option(help="What answers must keep, see docs/fidelity.md.")
+    ] = "rank=0.99,self-retrieval=0.99",
+    pairs: Annotated[
+        Path | None,
+        typer.Option(help="Task of a budget `task=...`: .jsonl with `text`, `text_pair`, `score`."),
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Task of a budget `task=...`: .jsonl with `text` and `label`."),
+    ] = None,
+    sources: Annotated[
+        str, typer.Option(help="What maps are taken from: `template`, `aligned` or both.")
+    ] = "template,aligned",
+    min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter texts.")] = 16,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Cut texts at this length.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the split of the texts.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what reuse would damage, and publish the plan that saves most inside a budget.
+
+    Makes templates (mean maps of the corpus) and linear corrections, measures the damage of every
+    KV group, and checks the joint effect on texts that chose nothing. Cut off, it goes on when
+    called again. Other options are those of `vllm serve`: give the dtype and pooling to be served.
+
+    Example: `attncache calibrate ./SmolLM2 --store ./maps --corpus held-out.jsonl --convert embed`
+    """
+    with user_errors():
+        from attncache_vllm.calibrate.budget import Budget
+        from attncache_vllm.calibrate.calibrate import CalibrateOptions
+        from attncache_vllm.calibrate.calibrate import calibrate as calibrate_store
+        from attncache_vllm.calibrate.corpus import read_corpus
+
+        _check_model_comes_first(model)
+        kept = Budget.parse(budget)
+        options = CalibrateOptions(
+            model=model,
+            store=store,
+            budget=kept,
+            task=_task(kept.task is not None, pairs, labels, seed),
+            sources=parse_sources(sources),
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            seed=seed,
+            serve_options=tuple(context.args),
+        )
+        report = calibrate_store(options, list(read_corpus(corpus)))
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    table = Table(title=f"{store}: what the plan keeps on texts that did not choose it")
+    for name in ("source", "KV groups", "saves of attention", "rank fidelity", "self-retrieval"):
+        table.add_column(name)
+    for source, figures in report["predicted"].items():
+        table.add_row(
+            source,
+            *(
+                f"{figures[key]:.1%}" if key in figures else "-"
+                for key in ("groups_share", "saving")
+            ),
+            *(_with_interval(figures, key) for key in ("rank_fidelity", "self_retrieval")),
+        )
+    out.print(table)
+    if not report["predicted"]:
+        err.print("warning: nothing can be reused inside this budget; every request is computed")
+
+
+def _task(wanted: bool, pairs: Path | None, labels: Path | None, seed: int) -> Task | None:
+    """The task of a budget."""
+    from attncache_vllm.evaluate.files import read_labels, read_pairs
+    from attncache_vllm.evaluate.tasks import Labels, Pairs
+
+    if wanted != ((pairs is None) != (labels is None)):
+        raise AttnCacheError(
+            "a budget with `task=...` needs one of --pairs and --labels, and these need it, got "
+            f"{'a' if wanted else 'no'} task budget, pairs {pairs}, labels {labels}"
+        )
+    if pairs is not None:
+        return Pairs(read_pairs(pairs))
+    return None if labels is None else Labels.split(read_labels(labels), seed)
+
+
+def _with_interval(figures: dict[str, Any], key: str) -> str:
+    bounds = figures.get("ci95", {}).get(key)
+    return f"{figures[key]:.4f}" + ("" if bounds is None else f" ({bounds[0]:.4f}-{bounds[1]:.4f})")
+
+
 @app.command()
-def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
-    """Show what a store holds: namespace, entries, plan, training figures.
+def rearm(store: StoreArgument) -> None:
+    """Let the servers of a store try again the layers that their canaries have switched off.
+
+    Example: `attncache rearm ./maps`
+    """
+    with user_errors():
+        from attncache_vllm.store.manifest import Manifest
+        from attncache_vllm.store.rearm import rearm as rearm_servers
+
+        Manifest.read(store)  # refuses a folder that is no store
+        rearm_servers(store)
+    out.print("servers of this store look for it every few dozen hits")
+
+
+@app.command()
+def inspect(
+    store: StoreArgument,
+    as_json: JsonOption = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Print the plan alone, as the setting `plan` reads it.")
+    ] = False,
+) -> None:
+    """Show what a store holds: namespace, entries, plan, training figures, artifacts.
 
     Example: `attncache inspect ./maps --json`
     """
@@ -179,6 +292,11 @@ def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
             plan = None if published is None else Plan.from_dict(published.plan)
         except ValueError as error:
             raise StoreError(f"{store} has a plan this release cannot read: {error}") from None
+        if plan_only and plan is None:
+            raise StoreError(f"{store} must have a plan, got none yet; run 'attncache build'")
+    if plan_only and plan is not None:
+        typer.echo(json.dumps(plan.to_dict(), indent=2))
+        return
     lengths = sorted(entry.length for entry in manifest.entries)
     summary: dict[str, Any] = {
         "namespace": {**manifest.namespace.to_dict(), "digest": manifest.namespace.digest()},
@@ -194,9 +312,20 @@ def inspect(store: StoreArgument, as_json: JsonOption = False) -> None:
         "findable": 0 if published is None else published.rows,
         "layers_reused": [] if plan is None else list(plan.reused_layers),
         "feature_layer": None if plan is None else plan.feature_layer,
-        "max_distance": None
-        if plan is None or plan.first_reused is None
-        else plan.layers[plan.first_reused].max_distance,
+        "sources": {}
+        if plan is None
+        else {
+            source: {
+                "layers": list(part.layers),
+                "kv_groups": sum(map(len, part.groups)),
+                "gate": part.gate,
+                "corrected": list(part.corrected),
+            }
+            for source, part in plan.sources.items()
+        },
+        "artifacts": {}
+        if published is None
+        else {name: file.size for name, file in sorted(published.artifacts.items())},
         "training": None
         if published is None
         else {key: value for key, value in published.report.items() if key != "curve"},
@@ -277,6 +406,78 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command(context_settings=SERVE_OPTIONS)
+def evaluate(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Model folder or hub name, as for vLLM.")],
+    store: Annotated[Path, typer.Option(help="Store to serve from.")],
+    folder: Annotated[Path, typer.Option("--out", help="Folder for report and logs.")],
+    texts: Annotated[
+        Path | None, typer.Option(help="Any texts: .jsonl with `text`, or .txt.")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Scored pairs: .jsonl with `text`, `text_pair`, `score`.")
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Classes: .jsonl with `text`, `label` and perhaps `split`, fit or test."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Questions: .jsonl with `text`, `choices`, `answer`.")
+    ] = None,
+    edits: Annotated[
+        Path | None,
+        typer.Option(help="Edited copies of stored texts: .jsonl with `text`, `original`."),
+    ] = None,
+    published_rule: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="GATE",
+            help="Also serve all recorded layers from the nearest entry within this distance.",
+        ),
+    ] = None,
+    settings: Annotated[
+        str | None, typer.Option(help="The plugin's other settings: JSON, or a JSON file.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of resampling and of drawn splits.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what reuse costs: the same texts through a stock server and a reusing one.
+
+    Give one task or more. Writes `report.json` and `report.html`. Other options are taken as those
+    of `vllm serve`, for all servers. Nothing is timed, and late lookups are waited for.
+
+    Example: `attncache evaluate ./SmolLM2 --store ./maps --out ./report --texts unseen.jsonl`
+    """
+    with user_errors():
+        from attncache_vllm.evaluate.command import read_settings, run, table_of
+        from attncache_vllm.evaluate.run import EvaluateOptions
+
+        _check_model_comes_first(model)
+        report = run(
+            EvaluateOptions(
+                model=model,
+                store=store,
+                out=folder,
+                texts=texts,
+                pairs=pairs,
+                labels=labels,
+                prompts=prompts,
+                edits=edits,
+                published_gate=published_rule,
+                settings=read_settings(settings),
+                seed=seed,
+                serve_options=tuple(context.args),
+            )
+        )
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+        return
+    out.print(table_of(report))
+    out.print(f"written to {folder / 'report.json'} and {folder / 'report.html'}")
+
+
 def _check_model_comes_first(model: str | None) -> None:
     if model is not None and model.startswith("-"):
         raise AttnCacheError(
@@ -295,6 +496,16 @@ def _merged(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
             yield check.state, check.what, check.finding
     for (state, finding), layers in by_finding.items():
         yield state, f"layer{'s' if len(layers) > 1 else ''} {_ranges(layers)}", finding
+
+
+def parse_sources(text: str) -> tuple[str, ...]:
+    """``"template,aligned"`` to its parts. Raises AttnCacheError for anything else."""
+    sources = tuple(part.strip() for part in text.split(","))
+    if unknown := set(sources) - {"template", "aligned"}:
+        raise AttnCacheError(
+            f"sources must be `template`, `aligned` or both with a comma, got {sorted(unknown)!r}"
+        )
+    return sources
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -327,7 +538,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif key == "layers_reused":
+        elif isinstance(value, list) and value and all(type(item) is int for item in value):
             yield prefix + key, _ranges(value)
         else:
             yield prefix + key, f"{value:.5g}" if isinstance(value, float) else str(value)

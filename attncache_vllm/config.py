@@ -42,6 +42,12 @@ class Settings(_Frozen):
     """
 
     store: Path = Field(strict=False, description="Folder of the map store.")
+    plan: Path | None = Field(
+        None,
+        strict=False,
+        description="JSON file of a plan to use in place of the one stored with the maps, as "
+        "`attncache inspect --plan` prints it.",
+    )
     max_distance: float | None = Field(
         None,
         ge=0.0,
@@ -67,11 +73,23 @@ class Settings(_Frozen):
         "its keys and values as ever and saves less, and a later request with the same prefix "
         "reads them: it inherits the hit's approximation without being a hit itself.",
     )
+    canary_share: float = Field(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description="Share of the hits that are computed exactly, answered exactly, and compared "
+        "layer by layer with what would have served them. A layer whose error has left its "
+        "calibrated band is computed exactly from then on.",
+    )
     log_interval_s: float = Field(
         30.0, gt=0.0, description="Seconds between two log lines with the counters."
     )
     record: RecordSettings | None = Field(
         None, description="Set by `attncache build`: record maps instead of reusing them."
+    )
+
+    calibrate: bool = Field(
+        False, description="Set by `attncache calibrate`: reuse only what it asks for."
     )
 
     @property

@@ -102,13 +102,20 @@ def _store(path: Path) -> Iterator[Check]:
     if stats.damaged:
         yield Check("store", "problem", f"{stats.damaged} damaged; run `attncache verify {path}`")
     yield Check("not reused: layers", "info", f"all but {list(plan.reused_layers)} are exact")
-    yield Check("not reused: length", "info", f"requests over {longest} tokens, the longest entry")
+    yield Check("not reused: length", "info", f"texts over {longest} tokens find no entry as long")
     yield Check("not reused: length", "info", "requests under `min_tokens` (default 16) tokens")
-    if plan.reused_layers:
-        gate = max(plan.layers[layer].max_distance for layer in plan.reused_layers)
-        yield Check("not reused: distance", "info", f"nearest entry farther than the gate, {gate}")
-    else:
-        yield Check("plan", "problem", "no layer reuses maps; build the store again")
+    if not plan.sources:
+        yield Check("plan", "problem", "no layer reuses maps; calibrate or build the store again")
+    texts_of = {
+        "aligned": "texts that share tokens with an entry, up to a novelty of {gate}",
+        "prefix": "texts that begin as an entry, the rows of that",
+        "neighbour": "texts whose nearest entry is no farther than {gate}",
+        "template": "all texts",
+    }
+    for source, part in plan.sources.items():
+        served = f"{sum(map(len, part.groups))} KV groups in layers {list(part.layers)}"
+        texts = texts_of[source].format(gate=part.gate)
+        yield Check(f"plan: {source}", "info", f"{served}, of {texts}")
     yield Check("feature", "info", f"input of layer {plan.feature_layer}, {build}")
 
 

@@ -21,12 +21,12 @@ from rich.progress import track
 from torch import Tensor
 
 from attncache_vllm.calibrate.fidelity import spearman
+from attncache_vllm.evaluate.probe import logistic
 from benchmarks.assets import ensure
 from benchmarks.corpus import stsb_pairs
 
 MAX_TOKENS = 128
 BATCH = 64
-NEWTON_STEPS = 10  # it has converged after eight
 console = Console(stderr=True)
 
 
@@ -77,7 +77,7 @@ def review_classifier(
     ).eval()
     states = _states(model.model, tokenizer, [(review.text,) for review in drawn], token=-1)
     spread = states[:train].std(0)
-    weight = _logistic(states[:train] / spread, labels[:train].float(), penalty=0.1) / spread
+    weight = logistic(states[:train] / spread, labels[:train], penalty=0.1).float() / spread
     with torch.no_grad():
         model.score.weight.copy_(torch.stack([-weight, weight]) / 2)
         logits = F.linear(states[train:], model.score.weight.float())
@@ -132,7 +132,7 @@ def pair_scorer(
         pooled = torch.tanh(F.linear(states, dense.weight.float(), dense.bias.float()))
         # A last column of ones: its weight is the classifier's bias.
         inputs = F.pad(pooled[:train], (0, 1), value=1.0)
-        weight = _logistic(inputs, scores[:train], penalty=1e-3)
+        weight = logistic(inputs, scores[:train], penalty=1e-3).float()
         model.classifier.weight.copy_(weight[None, :-1])
         model.classifier.bias.copy_(weight[-1:])
         logits = F.linear(pooled[train:], model.classifier.weight.float())[:, 0]
@@ -164,20 +164,3 @@ def _states(model: Any, tokenizer: Any, texts: Sequence[tuple[str, ...]], token:
             position = token % encoded["attention_mask"].sum(1)
             states[batch] = hidden[torch.arange(len(batch)), position].float()
     return states
-
-
-def _logistic(features: Tensor, targets: Tensor, penalty: float) -> Tensor:
-    """Weights ``[F]`` of a logistic regression of targets ``[N]`` in 0..1 on features ``[N, F]``.
-
-    Minimises the mean cross-entropy plus ``penalty / 2`` times the squared norm of the weights, by
-    Newton's method.
-    """
-    x, y = features.double(), targets.double()
-    ridge = penalty * torch.eye(x.shape[1], dtype=x.dtype)
-    weight = x.new_zeros(x.shape[1])
-    for _ in range(NEWTON_STEPS):
-        p = torch.sigmoid(x @ weight)
-        gradient = x.T @ (p - y) / len(x) + penalty * weight
-        curvature = (x.T * (p * (1 - p))) @ x / len(x) + ridge
-        weight = weight - torch.linalg.solve(curvature, gradient)
-    return weight.float()

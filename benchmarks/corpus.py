@@ -6,8 +6,11 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from attncache_vllm.calibrate.edits import edit
 from benchmarks.assets import ensure
 
 
@@ -64,6 +67,22 @@ def near_duplicates(texts: Sequence[str], share: float, seed: int = 0) -> list[s
             words[position] = word
         copies.append(" ".join(words))
     return copies
+
+
+def edited_copies(texts: Sequence[str], tokenizer: Any, share: float, seed: int = 0) -> list[str]:
+    """Each text with about ``share`` of its tokens edited, and decoded again.
+
+    A third each are replaced, preceded by a new one, and deleted. New tokens are those of other
+    places in ``texts``, frequent ones more often.
+    """
+    rows = tokenizer(list(texts), add_special_tokens=False).input_ids
+    # An array: a list would be made one again for each token that is drawn.
+    vocabulary: Any = np.concatenate([np.array(row, dtype=np.int32) for row in rows])
+    copies = [
+        edit(np.array(row, dtype=np.int32), share, vocabulary, (seed, number))
+        for number, row in enumerate(rows)
+    ]
+    return [tokenizer.decode(copy.tolist()) for copy in copies]
 
 
 def stsb_pairs(split: str = "test") -> list[Pair]:

@@ -26,6 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from attncache_vllm.calibrate.fidelity import compare
+from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import near_duplicates, news
@@ -156,7 +157,7 @@ def summarise(
 ) -> dict[str, Any]:
     manifest = Manifest.read(store)
     assert manifest.published is not None
-    layers = manifest.published.plan["layers"]
+    plan = Plan.from_dict(manifest.published.plan)
     hits = [request for request in answered if request.outcome == "hit"]
     return {
         "model": model.name,
@@ -166,9 +167,9 @@ def summarise(
         "hits": len(hits),
         "misses": sum(request.outcome == "miss" for request in answered),
         "bypasses": bypasses,
-        "layers_reused": sum(layer["source"] == "cached" for layer in layers),
-        "layers_total": len(layers),
-        "max_distance": max(layer["max_distance"] for layer in layers),
+        "layers_reused": len(plan.reused_layers),
+        "layers_total": plan.num_layers,
+        "max_distance": plan.sources["neighbour"].gate,
         **_times(answered),
         **_fidelity(answered),
         "on_hits": {**_times(hits), **_fidelity(hits)} if len(hits) >= 3 else {},

@@ -1,64 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real ``vllm serve`` as a context manager: started, awaited, and never left behind."""
+"""``vllm serve`` as the demo and the integration tests call it: offline, mean-pooled embeddings."""
 
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import httpx
-from openai import OpenAI
-from prometheus_client.parser import text_string_to_metric_families
+from attncache_vllm.evaluate import server
+from attncache_vllm.evaluate.server import MODEL_NAME, Server, group
 
-MODEL_NAME = "served"
-
-
-class ServerError(RuntimeError):
-    """The server did not come up; the message ends with its log."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[bytes]
-
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-
-    def pause(self) -> None:
-        """Stop all its processes until :meth:`resume`.
-
-        A vLLM worker polls for a second after its last request, on the core it is pinned to. Of
-        two live servers the one that is asked must not share that core with the other's polling.
-        """
-        os.killpg(self.process.pid, signal.SIGSTOP)
-
-    def resume(self) -> None:
-        os.killpg(self.process.pid, signal.SIGCONT)
-
-    def counters(self, name: str, label: str) -> dict[str, float]:
-        """A Prometheus counter's values by one of its labels."""
-        text = httpx.get(f"{self.url}/metrics", timeout=30).text
-        return {
-            sample.labels[label]: sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-            if sample.name == f"{name}_total" and label in sample.labels
-        }
-
+__all__ = ["MODEL_NAME", "Server", "group", "serve"]
 
 # Mean-pooled embeddings, whatever the model.
 MEAN_EMBEDDINGS = ("--convert", "embed", "--pooler-config", '{"seq_pooling_type": "MEAN"}')
@@ -67,93 +20,17 @@ MEAN_EMBEDDINGS = ("--convert", "embed", "--pooler-config", '{"seq_pooling_type"
 @contextmanager
 def serve(
     model: Path,
-    arguments: list[str],
+    arguments: Sequence[str],
     log: Path,
     *,
     task: Sequence[str] = MEAN_EMBEDDINGS,
     timeout: float = 300.0,
 ) -> Iterator[Server]:
-    """Start ``vllm serve``, yield when healthy, end its whole group.
+    """As :func:`attncache_vllm.evaluate.server.serve`.
 
-    Args:
-        model: folder of the model.
-        arguments: options of ``vllm serve``.
-        log: file for what it prints.
-        task: the options that choose what it answers; none is the model's own task.
-        timeout: seconds until it must be healthy.
-
-    Raises:
-        ServerError: it exited, or was not healthy within ``timeout`` seconds.
+    ``task`` are the options that choose what is answered; none is the model's own task.
     """
-    port = _free_port()
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
-        *("--runner", "pooling", *task),
-        *("--served-model-name", MODEL_NAME, "--host", "127.0.0.1", "--port", str(port)),
-        *arguments,
-    ]
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory() as metrics,
-        log.open("w") as output,
-        group(command, stdout=output, stderr=output, env=_environment(metrics)) as process,
-    ):
-        server = Server(f"http://127.0.0.1:{port}", log, process)
-        _await_health(server, process, timeout)
-        yield server
-
-
-@contextmanager
-def group(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A process in a group of its own, ended with all its children, whatever happens: vLLM's
-    engines and workers do not always outlive their parent politely."""
-    process = subprocess.Popen(command, start_new_session=True, **options)
-    try:
-        yield process
-    finally:
-        _end(process)
-
-
-def _environment(metrics: str) -> Mapping[str, str]:
-    defaults = {
-        # GiB of KV cache; prefill-only serving needs little.
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    # Counters live in the worker; this folder carries them to the process that answers /metrics.
-    return {**defaults, **os.environ, "PROMETHEUS_MULTIPROC_DIR": metrics}
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def _await_health(server: Server, process: subprocess.Popen[Any], timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise ServerError(f"vllm serve exited with {process.returncode}:\n{_tail(server.log)}")
-        with suppress(httpx.TransportError):
-            if httpx.get(f"{server.url}/health", timeout=5).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise ServerError(f"vllm serve was not healthy after {timeout:.0f} s:\n{_tail(server.log)}")
-
-
-def _tail(log: Path, lines: int = 40) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
-
-
-def _end(process: subprocess.Popen[Any]) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGCONT)
-        process.send_signal(signal.SIGINT)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=15)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    with server.serve(model, [*task, *arguments], log, timeout=timeout) as running:
+        yield running

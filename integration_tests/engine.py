@@ -67,6 +67,11 @@ class Engine:
         report: dict[str, Any] = self._call("build", list(texts), options)
         return report
 
+    def calibrate(self, texts: Sequence[str], **options: Any) -> dict[str, Any]:
+        """End the engine and calibrate a store; ``options`` are those of ``CalibrateOptions``."""
+        report: dict[str, Any] = self._call("calibrate", list(texts), options)
+        return report
+
     def embed(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
         """Embeddings ``[B, D]`` of prompts that are sent together."""
         embeddings: NDArray[np.float32] = self._call("embed", list(prompts))
@@ -197,6 +202,13 @@ class _Host:
         self.close()
         corpus = [Text(text) if isinstance(text, str) else Text(*text) for text in texts]
         return build(BuildOptions(**options), corpus)
+
+    def calibrate(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        from attncache_vllm.calibrate.calibrate import CalibrateOptions, calibrate
+        from attncache_vllm.calibrate.corpus import Text
+
+        self.close()
+        return calibrate(CalibrateOptions(**options), [Text(text) for text in texts])
 
     def embed(self, prompts: list[Prompt]) -> NDArray[np.float32]:
         outputs = self._llm.embed([_vllm_prompt(p) for p in prompts], use_tqdm=False)

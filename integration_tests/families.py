@@ -101,7 +101,12 @@ def examine(
             report["refused"] = str(error)
             make_store_by_hand(model, store)
     for name, gate in GATES.items():
-        settings = {"store": str(store), "max_distance": gate, "lookup_deadline_ms": 60_000.0}
+        settings = {
+            "store": str(store),
+            "max_distance": gate,
+            "lookup_deadline_ms": 60_000.0,
+            "canary_share": 0.0,
+        }
         selected = {"attention_backend": "attncache", "additional_config": {"attncache": settings}}
         metrics.LAYERS.clear()  # of the engine before
         with (
@@ -168,9 +173,9 @@ def make_store_by_hand(model: Path, store: Path) -> None:
 
     from attncache_vllm.engine.namespace import namespace_of
     from attncache_vllm.reuse.feature import Projector
-    from attncache_vllm.reuse.plan import Plan
+    from attncache_vllm.reuse.plan import Plan, last_third
     from attncache_vllm.store.local import LocalStore
-    from attncache_vllm.store.protocol import Record
+    from attncache_vllm.store.protocol import Record, token_hash
 
     config = EngineArgs(str(model), runner="pooling", convert="embed").create_engine_config()
     namespace = namespace_of(config, BY_HAND)
@@ -178,9 +183,16 @@ def make_store_by_hand(model: Path, store: Path) -> None:
     pooled = np.zeros((projector.slots, projector.hidden_size), np.float32)
     maps = {namespace.num_layers - 1: np.zeros(1, np.uint8)}
     with LocalStore.create(store, namespace, build={}) as writer:
-        writer.put(Record(bytes(32), MIN_TOKENS, "none", pooled, maps))
+        tokens, no_sketch = np.zeros(MIN_TOKENS, np.int32), np.zeros(0, np.uint64)
+        identity = token_hash(tokens)
+        writer.put(Record(identity, MIN_TOKENS, "none", pooled, maps, tokens, no_sketch))
         writer.publish(
-            plan=Plan.last_third(namespace.num_layers, 0.2).to_dict(),
+            plan=Plan.reusing(
+                namespace.num_layers,
+                namespace.num_kv_heads,
+                last_third(namespace.num_layers),
+                0.2,
+            ).to_dict(),
             projector=projector.to_bytes(),
             report={},
             features=np.zeros((1, 128), np.float32),

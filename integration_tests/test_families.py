@@ -24,6 +24,7 @@ from integration_tests.processes import run
 REUSING = [name for name, kind in MODELS.items() if kind.bypassed is None]
 BYPASSED = [name for name, kind in MODELS.items() if kind.bypassed is not None]
 ALONE = ("recorded", "equal length", "other length", "longer", "short")
+OUTCOMES = ("attncache_sequences_total", "attncache_misses_total", "attncache_bypasses_total")
 MISSED = "misses_total{nothing close enough}"
 RUN_SECONDS = 500.0
 
@@ -46,10 +47,11 @@ class Family:
         return np.concatenate([self.of(engine, kind) for kind in ALONE])
 
     def counts(self, engine: str, kind: str) -> dict[str, int]:
-        """What the backend counted for the prompts of a kind."""
+        """Outcomes, and their reasons, that the backend counted for the prompts of a kind."""
         return {
             name.removeprefix("attncache_"): count
             for name, count in self.report["counters"][engine][kind].items()
+            if name.startswith(OUTCOMES)
         }
 
 

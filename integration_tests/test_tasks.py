@@ -250,41 +250,6 @@ def test_own_maps_serve_every_way_to_pool(encoder: Encoder, host: Engine, poolin
     assert np.array_equal(answers[RECORDED:], expected[RECORDED:])
 
 
-def test_longer_entries_serve_shorter_sentences_only_where_the_plan_allows_it(
-    encoder: Encoder, host: Engine
-) -> None:
-    cropped = encoder.store.with_name("cropped-store")
-    layers = tuple(range(6))
-    host.build(
-        encoder.recorded,
-        model=str(encoder.model),
-        store=cropped,
-        layers=layers,
-        min_tokens=2,
-        crop=True,
-    )
-    host.replace(**stock(encoder.model))
-    recorded = host.tokenize(encoder.recorded, 256)
-    lengths = {len(ids) for ids in recorded}
-    # Beginnings of the longest recorded sentence, of lengths that no entry has.
-    longest = max(recorded, key=len)
-    shorter = [longest[:length] for length in range(4, len(longest)) if length not in lengths]
-    assert len(shorter) >= 3
-    expected = host.embed_alone(shorter)
-    for store, hits in ((encoder.store, 0), (cropped, len(shorter))):
-        options = selected(store)
-        options["additional_config"]["attncache"]["max_distance"] = 1e9
-        host.replace(**stock(encoder.model), **options)
-        counters = Counted(host)
-        answers = host.embed_alone(shorter)
-        assert counters.since().get("attncache_sequences_total{hit}", 0) == hits
-        if hits:
-            assert cosines(answers, expected).min() > 0.5
-            assert not np.array_equal(answers, expected)
-        else:
-            assert np.array_equal(answers, expected)
-
-
 def test_token_embeddings_of_a_hit_are_those_of_stock(
     encoder: Encoder, host: Engine, folder: Path
 ) -> None:

@@ -17,16 +17,19 @@ from store_samples import NAMESPACE, make_features, make_record
 from typer.testing import CliRunner
 
 from attncache_vllm import cli, doctor
-from attncache_vllm.calibrate import build
+from attncache_vllm.calibrate import build, calibrate
+from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.corpus import Text
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store import LocalStore
+from attncache_vllm.store.rearm import rearmed_at
 
-COMMANDS = ("build", "inspect", "verify", "doctor")
+COMMANDS = ("build", "calibrate", "rearm", "inspect", "verify", "doctor", "evaluate")
 ENTRIES = 5
 LENGTHS = sorted(make_record(number).length for number in range(ENTRIES))
-PLAN = Plan.reusing(NAMESPACE.num_layers, (1, 3), 0.25, feature_layer=1).to_dict()
+PLAN = Plan.reusing(NAMESPACE.num_layers, 3, (1, 3), 0.25, feature_layer=1).to_dict()
+ARTIFACTS = {"templates": b"maps", "corrections": b"matrices"}
 REPORT = {"train_loss": 0.125, "heldout_loss": 0.5, "curve": [[0.5, 0.25]]}
 
 
@@ -40,7 +43,7 @@ def published(path: Path, plan: dict[str, Any] = PLAN) -> Path:
     with LocalStore.create(path, NAMESPACE, {"slots": 2}) as store:
         for number in range(ENTRIES):
             store.put(make_record(number))
-        store.publish(plan, b"projector", REPORT, make_features(ENTRIES))
+        store.publish(plan, b"projector", REPORT, make_features(ENTRIES), artifacts=ARTIFACTS)
     return path
 
 
@@ -106,7 +109,8 @@ def test_inspect_as_json_tells_all_of_a_store(store: Path) -> None:
         "findable": ENTRIES,
         "layers_reused": [1, 3],
         "feature_layer": 1,
-        "max_distance": 0.25,
+        "sources": {"neighbour": {"layers": [1, 3], "kv_groups": 6, "gate": 0.25, "corrected": []}},
+        "artifacts": {"corrections": 8, "templates": 4},
         "training": {"train_loss": 0.125, "heldout_loss": 0.5},
     }
 
@@ -120,7 +124,8 @@ def test_inspect_shows_the_same_as_a_table(store: Path) -> None:
         if len(cells := [cell.strip() for cell in line.strip("│ ").split("│")]) == 2
     }
     assert rows["entries"] == str(ENTRIES)
-    assert rows["layers_reused"] == "1, 3"
+    assert rows["layers_reused"] == rows["sources.neighbour.layers"] == "1, 3"
+    assert rows["artifacts.templates"] == "4"
     assert rows["training.train_loss"] == "0.125"
     assert rows["namespace.digest"] == NAMESPACE.digest()
 
@@ -133,7 +138,19 @@ def test_inspect_shows_a_store_that_is_still_empty(tmp_path: Path) -> None:
     assert summary["entries"] == summary["bytes"] == summary["findable"] == 0
     assert summary["tokens"] == {"min": None, "median": None, "max": None}
     assert summary["training"] is None
+    assert summary["sources"] == summary["artifacts"] == {}
     assert attncache("inspect", tmp_path / "new").exit_code == 0
+
+
+def test_inspect_prints_a_plan_that_can_be_read_back(store: Path) -> None:
+    result = attncache("inspect", store, "--plan")
+    assert result.exit_code == 0
+    assert Plan.from_dict(json.loads(result.stdout)).to_dict() == PLAN
+
+
+def test_inspect_refuses_to_print_a_plan_that_is_not_there(tmp_path: Path) -> None:
+    LocalStore.create(tmp_path / "new", NAMESPACE, {}).close()
+    assert "must have a plan" in one_line_error(attncache("inspect", tmp_path / "new", "--plan"))
 
 
 def test_inspect_refuses_a_plan_it_cannot_read(tmp_path: Path) -> None:
@@ -170,7 +187,9 @@ def test_verify_names_a_damaged_entry_and_exits_1(store: Path) -> None:
     assert "checksum" in reason
 
 
-@pytest.mark.parametrize("kind", ["index", "features", "projector", "manifest"])
+@pytest.mark.parametrize(
+    "kind", ["index", "features", "projector", "sketches", "artifact-templates", "manifest"]
+)
 def test_verify_names_a_damaged_file_and_exits_1(store: Path, kind: str) -> None:
     flip_last_byte(next(store.glob(f"{kind}*")))
     result = attncache("verify", store, "--json")
@@ -205,7 +224,7 @@ def test_doctor_says_what_of_a_sound_store_would_not_be_reused(store: Path) -> N
     assert [state for state, _ in findings(result, "store")] == ["ok"]
     assert findings(result, "not reused: layers") == [("info", "all but [1, 3] are exact")]
     assert str(LENGTHS[-1]) in findings(result, "not reused: length")[0][1]
-    assert "0.25" in findings(result, "not reused: distance")[0][1]
+    assert "0.25" in findings(result, "plan: neighbour")[0][1]
     assert attncache("doctor", "--store", store).exit_code == 0
 
 
@@ -223,7 +242,7 @@ def test_doctor_exits_1_when_the_store_cannot_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("sound_plugin")
 def test_doctor_exits_1_when_no_layer_reuses_maps(tmp_path: Path) -> None:
-    plan = Plan.reusing(NAMESPACE.num_layers, (), 0.25).to_dict()
+    plan = Plan(0, NAMESPACE.num_layers, {}).to_dict()
     result = attncache("doctor", "--store", published(tmp_path / "store", plan), "--json")
     assert result.exit_code == 1
     assert findings(result, "plan")[0][0] == "problem"
@@ -319,7 +338,7 @@ def test_doctor_shows_layers_of_one_finding_in_one_row(monkeypatch: pytest.Monke
 # -- mistakes ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "rearm"])
 def test_a_folder_without_a_store_is_one_line_with_a_remedy(command: str, tmp_path: Path) -> None:
     message = one_line_error(attncache(command, tmp_path))
     assert str(tmp_path) in message
@@ -343,6 +362,9 @@ def test_brackets_in_a_path_are_printed_as_they_are(tmp_path: Path) -> None:
         ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-entries", "0"],
         ["build", "model", "--corpus", "c.txt", "--store", "s", "--max-distance", "-1"],
         ["build", "model", "--corpus", "c.txt", "--store", "s", "--min-tokens", "1"],
+        ["calibrate", "model", "--store", "s"],
+        ["calibrate", "model", "--corpus", "c.txt", "--store", "s", "--max-tokens", "1"],
+        ["rearm"],
     ],
 )
 def test_a_wrong_call_exits_2_without_a_traceback(arguments: list[str]) -> None:
@@ -381,8 +403,8 @@ def build_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
         (["--layers", "4-9"], "must be in 0..5"),
         (["--layers", "1,5-3"], "must ascend"),
         (["--layers", "2-5", "--feature-layer", "3"], "feature_layer must be in 0..2"),
-        (["--max-distance", "inf"], "max_distance must be a finite number"),
-        (["--layers", "5", "--max-distance", "inf"], "max_distance must be a finite number"),
+        (["--max-distance", "inf"], "a gate must be a finite number"),
+        (["--layers", "5", "--max-distance", "inf"], "a gate must be a finite number"),
     ],
 )
 def test_build_refuses_options_that_make_no_plan_in_one_line(
@@ -432,15 +454,148 @@ def test_build_passes_its_options_on(
         "--factory": "HNSW16",
         "--seed": 3,
     }
-    build_command("--crop", *(part for option in given.items() for part in option), corpus=corpus)
+    build_command(*(part for option in given.items() for part in option), corpus=corpus)
     build_command(corpus=corpus)
     (options, texts), (defaults, _) = asked
     store = tmp_path / "store"
     assert options == build.BuildOptions(
-        "model", store, (4, 5), 1, 7, 99, 2, 64, 0.5, True, "HNSW16", seed=3
+        "model", store, (4, 5), 1, 7, 99, 2, 64, 0.5, "HNSW16", seed=3
     )
     assert defaults == build.BuildOptions("model", store)
     assert texts == [Text("a", "b"), Text("c")]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_build_says_whether_it_trained_or_kept_the_calibration(
+    build_command: Build, monkeypatch: pytest.MonkeyPatch, calibrated: bool
+) -> None:
+    training = {"train_loss": 0.125, "heldout_loss": 0.25, "rank_correlation": 0.0}
+    report = {
+        "entries": 12,
+        "recorded": 2,
+        "bytes": 2**20,
+        "layers": [1, 2],
+        "num_layers": 6,
+        "sequences_per_second": 1.5,
+        "parity": {},
+        "training": None if calibrated else training,
+    }
+    monkeypatch.setattr(build, "build", lambda *arguments: report)
+    result = build_command()
+    assert result.exit_code == 0
+    assert ("kept as calibrated" in result.stdout) == calibrated
+    assert ("0.12500" in result.stdout) == (not calibrated)
+    assert ("hardly tells near maps from far ones" in result.stderr) == (not calibrated)
+
+
+# -- calibrate and rearm -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def calibrate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
+    """``attncache calibrate`` up to where an engine would start."""
+
+    def start(options: calibrate.CalibrateOptions, texts: object) -> Any:
+        raise AssertionError(f"an engine would start for {options}")
+
+    monkeypatch.setattr(calibrate, "calibrate", start)
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one text\n")
+
+    def call(*options: object) -> Any:
+        store = tmp_path / "store"
+        return attncache("calibrate", "model", "--store", store, "--corpus", corpus, *options)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--budget", "rank=2"], "numbers from 0 to 1, got 'rank=2'"),
+        (["--budget", "speed=1"], "names among rank, self-retrieval"),
+        (["--sources", "neighbour"], "sources must be `template`, `aligned` or both"),
+        (["--sources", "template,"], "got ['']"),
+    ],
+)
+def test_calibrate_refuses_a_mistake_before_an_engine_starts(
+    calibrate_command: Build, options: list[str], rule: str
+) -> None:
+    assert rule in one_line_error(calibrate_command(*options))
+
+
+def test_calibrate_passes_its_options_on(
+    calibrate_command: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+
+    def calibrate_store(options: calibrate.CalibrateOptions, texts: list[Text]) -> Any:
+        asked.append((options, texts))
+        raise AttnCacheError("enough")
+
+    monkeypatch.setattr(calibrate, "calibrate", calibrate_store)
+    given = {
+        "--budget": "rank=0.9,self-retrieval=0.8",
+        "--sources": "aligned",
+        "--min-tokens": 2,
+        "--max-tokens": 64,
+        "--seed": 3,
+    }
+    calibrate_command(*(part for option in given.items() for part in option), "--dtype", "half")
+    calibrate_command()
+    (options, texts), (defaults, _) = asked
+    store = tmp_path / "store"
+    assert options == calibrate.CalibrateOptions(
+        "model",
+        store,
+        Budget(0.9, 0.8),
+        sources=("aligned",),
+        min_tokens=2,
+        max_tokens=64,
+        seed=3,
+        serve_options=("--dtype", "half"),
+    )
+    assert defaults == calibrate.CalibrateOptions("model", store, Budget())
+    assert texts == [Text("one text")]
+
+
+def test_calibrate_shows_what_each_source_keeps(
+    calibrate_command: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = {"rank_fidelity": 1.0, "self_retrieval": 1.0}
+    measured = {
+        "rank_fidelity": 0.99123,
+        "self_retrieval": 1.0,
+        "ci95": {"rank_fidelity": [0.98, 0.995], "self_retrieval": [1.0, 1.0]},
+        "groups_share": 1 / 3,
+        "saving": 0.125,
+    }
+    report = {"predicted": {"template": measured, "prefix": exact}}
+    monkeypatch.setattr(calibrate, "calibrate", lambda *arguments: report)
+    result = calibrate_command()
+    assert result.exit_code == 0 and result.stderr == ""
+    shown = re.findall(r"^\W*(template|prefix)[^\w-]+(.*)$", result.stdout, re.MULTILINE)
+    rows = {source: re.split(r"[ │]{2,}", rest.strip(" │")) for source, rest in shown}
+    assert rows == {
+        "template": ["33.3%", "12.5%", "0.9912 (0.9800-0.9950)", "1.0000 (1.0000-1.0000)"],
+        "prefix": ["-", "-", "1.0000", "1.0000"],
+    }
+    assert json.loads(calibrate_command("--json").stdout) == report
+    monkeypatch.setattr(calibrate, "calibrate", lambda *arguments: {"predicted": {}})
+    assert "nothing can be reused inside this budget" in calibrate_command().stderr
+
+
+def test_rearm_tells_the_servers_of_a_store(store: Path) -> None:
+    assert rearmed_at(store) == 0
+    result = attncache("rearm", store)
+    assert result.exit_code == 0
+    first = rearmed_at(store)
+    assert first > 0
+    os.utime(store / "rearmed", ns=(0, 0))
+    attncache("rearm", store)
+    assert rearmed_at(store) >= first
+    # Nothing of the store itself has changed.
+    assert attncache("verify", store).exit_code == 0
 
 
 def test_an_interrupted_command_exits_130(

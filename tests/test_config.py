@@ -24,6 +24,8 @@ complete = st.fixed_dictionaries(
     {"store": st.text("abc/.", min_size=1)},
     optional={
         "max_distance": st.none() | positive | st.just(0),
+        "plan": st.none() | st.text("abc/.", min_size=1),
+        "canary_share": st.floats(0, 1),
         "min_tokens": st.integers(1, 10**6),
         "lookup_deadline_ms": positive,
         "resident_mib": st.integers(1, 10**6),
@@ -50,7 +52,9 @@ def test_given_settings_are_kept_and_the_others_have_their_defaults(given: dict[
     for name, value in given.items():
         if name == "record" and value is not None:
             value = RecordSettings(**{**value, "layers": tuple(value["layers"])})
-        assert getattr(settings, name) == (Path(value) if name == "store" else value)
+        if name in ("store", "plan") and value is not None:
+            value = Path(value)
+        assert getattr(settings, name) == value
     for name, field in Settings.model_fields.items():
         if name not in given:
             assert getattr(settings, name) == field.default
@@ -110,6 +114,11 @@ def test_a_missing_store_is_named_with_what_was_given() -> None:
     [
         ("store", 3, "valid path"),
         ("store", None, "valid path"),
+        ("plan", 3, "valid path"),
+        ("canary_share", -0.01, "greater than or equal to 0"),
+        ("canary_share", 1.01, "less than or equal to 1"),
+        ("canary_share", "1%", "valid number"),
+        ("canary_share", math.nan, "finite number"),
         ("max_distance", "0.1", "valid number"),
         ("max_distance", -0.1, "greater than or equal to 0"),
         ("max_distance", math.inf, "finite number"),

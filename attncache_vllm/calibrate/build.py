@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,35 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
 
 from attncache_vllm.calibrate.corpus import Text as CorpusText
 from attncache_vllm.calibrate.corpus import token_hash
+from attncache_vllm.calibrate.model import model_config
+from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.train import (
     MIN_ENTRIES,
-    MapDigest,
     TrainReport,
     digest,
     map_distance,
     train_projector,
 )
-from attncache_vllm.errors import AttnCacheError, SettingsError
+from attncache_vllm.errors import AttnCacheError, SettingsError, StoreError
 from attncache_vllm.reuse.codec import decode_map
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.plan import Plan, last_third
 from attncache_vllm.serve_options import engine_args
-from attncache_vllm.store.local import LocalStore
+from attncache_vllm.store import LocalStore, Record
 from attncache_vllm.store.manifest import Manifest
 
 Layouts = dict[int, MapLayout]
@@ -75,7 +65,6 @@ class BuildOptions:
     min_tokens: int = 16
     max_tokens: int = 512
     max_distance: float = 0.2
-    crop: bool = False
     factory: str = "Flat"
     slots: int = 8
     seed: int = 0
@@ -85,32 +74,33 @@ class BuildOptions:
 def build(options: BuildOptions, texts: Sequence[CorpusText]) -> dict[str, Any]:
     """Build or extend the store; returns figures for the user.
 
+    A store that was calibrated keeps its projector, plan and artifacts: new entries only become
+    findable, because the calibrated gate is in units of the projector's distances.
+
     Raises:
         SettingsError, StoreError: with rule, value and remedy.
     """
     num_layers, longest = _limits(options)
     options = replace(options, max_tokens=min(options.max_tokens, longest))
     try:
-        layers = options.layers or Plan.last_third(num_layers, options.max_distance).reused_layers
-        plan = Plan.reusing(
-            num_layers, layers, options.max_distance, options.feature_layer, options.crop
-        )
+        layers = options.layers or last_third(num_layers)
+        # The KV heads of each layer are known once the model is loaded.
+        plan = Plan.reusing(num_layers, 1, layers, options.max_distance, options.feature_layer)
     except ValueError as error:
         raise SettingsError(str(error)) from None
     recorded, layouts = _record(options, plan.reused_layers, texts)
-    report = _train_and_publish(options, plan, layouts)
-    return {**recorded, "layers": list(layers), "num_layers": num_layers, **report}
+    neighbour = plan.sources["neighbour"]
+    groups = tuple(
+        tuple(range(layouts[layer].num_kv_heads)) if layer in layouts else ()
+        for layer in range(num_layers)
+    )
+    plan = replace(plan, sources={"neighbour": replace(neighbour, groups=groups)})
+    return {**recorded, "num_layers": num_layers, **_publish(options, plan, layouts)}
 
 
 def _limits(options: BuildOptions) -> tuple[int, int]:
     """Number of layers of the model, and the longest sequence vLLM takes for it."""
-    try:
-        config = engine_args(options.model, options.serve_options).create_model_config()
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"the model must be a folder or a hub name that vLLM can serve for pooling, got "
-            f"{options.model!r}: {str(error).splitlines()[0]}"
-        ) from None
+    config = model_config(options.model, options.serve_options)
     return int(config.hf_text_config.num_hidden_layers), int(config.max_model_len)
 
 
@@ -178,8 +168,8 @@ def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[CorpusText]) 
     skipped = recorded = 0
     total = min(options.max_entries, len(known) + len(texts))
     started = time.monotonic()
-    with _progress() as progress:
-        task = progress.add_task("recording", total=total, completed=len(known))
+    with progress() as bar:
+        task = bar.add_task("recording", total=total, completed=len(known))
         for text in texts:
             if stats["entries"] >= options.max_entries:
                 break
@@ -195,9 +185,9 @@ def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[CorpusText]) 
                 continue
             known.add(identity)
             _prefill(llm, text, token_ids, options.max_tokens)
-            stats = llm.collective_rpc("attncache_commit", args=(identity,))[0]
+            stats = llm.collective_rpc("attncache_commit", args=(token_ids,))[0]
             recorded += 1
-            progress.update(task, completed=stats["entries"])
+            bar.update(task, completed=stats["entries"])
             if stats["entries"] % COMMIT_EVERY == 0:
                 llm.collective_rpc("attncache_flush")
     return {
@@ -224,82 +214,101 @@ def _prefill(llm: Any, text: CorpusText, token_ids: list[int], max_tokens: int) 
         ) from None
 
 
-def _train_and_publish(options: BuildOptions, plan: Plan, layouts: Layouts) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Published:
+    """What a store is published with, apart from what follows from its entries."""
+
+    plan: dict[str, Any]
+    report: dict[str, Any]
+    projector: bytes
+    artifacts: dict[str, bytes]
+
+
+def _publish(options: BuildOptions, plan: Plan, layouts: Layouts) -> dict[str, Any]:
     with LocalStore.open(options.store, writable=True) as store:
+        # Before anything is dropped: nothing is published after that.
+        kept = _calibrated(store)
         store.drop_damaged()
-        pooled, digests = _read_back(store, options, layouts)
-        projector, report = _train(pooled, digests, options.seed)
+        if (entries := len(store.manifest.entries)) < MIN_ENTRIES:
+            raise SettingsError(
+                f"a store needs at least {MIN_ENTRIES} entries to train its projector, got "
+                f"{entries} of at least {options.min_tokens} tokens; give a larger corpus"
+            )
+        if kept is None:
+            pooled, projector, report = _train(store, layouts, options.seed)
+            new = Published(plan.to_dict(), asdict(report), projector.to_bytes(), {})
+        else:
+            pooled, new = _stacked([record.pooled for record in _read_back(store)]), kept
+            projector = Projector.from_bytes(kept.projector)
         with torch.inference_mode():
             features = projector(pooled).numpy()
-        store.publish(
-            plan=plan.to_dict(),
-            projector=projector.to_bytes(),
-            report=asdict(report),
-            features=features,
-            factory=options.factory,
-        )
+        store.publish(features=features, factory=options.factory, **vars(new))
         stats = store.stats()
-    return {"entries": stats.entries, "bytes": stats.bytes, "training": asdict(report)}
+    return {
+        "entries": stats.entries,
+        "bytes": stats.bytes,
+        "layers": list(Plan.from_dict(new.plan).reused_layers),
+        "training": new.report if kept is None else None,
+    }
 
 
-def _read_back(
-    store: LocalStore, options: BuildOptions, layouts: Layouts
-) -> tuple[torch.Tensor, list[MapDigest]]:
-    """Feature inputs ``[N, slots, hidden]`` float32 and map digests of all entries, in order."""
-    entries = store.manifest.entries
-    if len(entries) < MIN_ENTRIES:
-        raise SettingsError(
-            f"a store needs at least {MIN_ENTRIES} entries to train its projector, got "
-            f"{len(entries)} of at least {options.min_tokens} tokens; give a larger corpus"
-        )
-    lengths = [entry.length for entry in entries]
-    stride = max(1, min(16, max(lengths) // SAMPLED_ROWS))
-    # From a row that every entry has, so that any two entries can be compared.
-    positions = range(min(*lengths, stride) - 1, max(lengths), stride)
-    pooled, digests = [], []
-    with _progress() as progress:
-        for _, record in progress.track(
-            store.records(), total=len(entries), description="reading back"
-        ):
-            # First, middle and last recorded layer: the label is an average, and these span it.
-            layers = sorted(record.maps)
-            maps = [
-                decode_map(
-                    torch.from_numpy(record.maps[layer].copy()), layouts[layer], record.length
-                )
-                for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
-            ]
-            pooled.append(record.pooled)
-            digests.append(digest(maps, positions))
-    return torch.from_numpy(np.stack(pooled)).float(), digests
+def _calibrated(store: LocalStore) -> Published | None:
+    """What a calibrated store keeps; ``None`` for one that was built only."""
+    published = store.manifest.published
+    if published is None or "calibration" not in published.report:
+        return None
+    try:
+        projector = store.projector_bytes
+    except StoreError as error:
+        _warn(f"the calibration is lost with the projector, calibrate again: {error}")
+        return None
+    found = {name: store.artifact(name) for name in published.artifacts}
+    artifacts = {name: data for name, data in found.items() if data is not None}
+    return Published(published.plan, published.report, projector, artifacts)
+
+
+def _read_back(store: LocalStore) -> Iterator[Record]:
+    """All records, in order, with a progress bar."""
+    with progress() as bar:
+        total = len(store.manifest.entries)
+        for _, record in bar.track(store.records(), total=total, description="reading back"):
+            yield record
 
 
 def _train(
-    pooled: torch.Tensor, digests: list[MapDigest], seed: int
-) -> tuple[Projector, TrainReport]:
-    with _progress() as progress:
-        task = progress.add_task("training", total=EPOCHS)
-        return train_projector(
+    store: LocalStore, layouts: Layouts, seed: int
+) -> tuple[torch.Tensor, Projector, TrainReport]:
+    """Feature inputs of all entries, ``[N, slots, hidden]`` float32, and a projector for them."""
+    lengths = [entry.length for entry in store.manifest.entries]
+    stride = max(1, min(16, max(lengths) // SAMPLED_ROWS))
+    # From a row that every entry has, so that any two entries can be compared.
+    positions = range(min(*lengths, stride) - 1, max(lengths), stride)
+    inputs, digests = [], []
+    for record in _read_back(store):
+        # First, middle and last recorded layer: the label is an average, and these span it.
+        layers = sorted(record.maps)
+        maps = [
+            decode_map(torch.from_numpy(record.maps[layer].copy()), layouts[layer], record.length)
+            for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
+        ]
+        inputs.append(record.pooled)
+        digests.append(digest(maps, positions))
+    pooled = _stacked(inputs)
+    with progress() as bar:
+        task = bar.add_task("training", total=EPOCHS)
+        projector, report = train_projector(
             pooled,
             lambda i, j: map_distance(digests[i], digests[j], LENGTH_WEIGHT),
             seed=seed,
             epochs=EPOCHS,
-            on_epoch=lambda epoch, *_: progress.update(task, completed=epoch),
+            on_epoch=lambda epoch, *_: bar.update(task, completed=epoch),
         )
+    return pooled, projector, report
 
 
-class _RateColumn(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+def _stacked(inputs: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(inputs)).float()
 
 
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _RateColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),  # stdout is for the result
-    )
+def _warn(message: str) -> None:
+    Console(stderr=True, markup=False, emoji=False).print(f"warning: {message}", soft_wrap=True)

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.store import token_hash
+
+__all__ = ["Text", "read_corpus", "token_hash"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,3 @@ def _row(line: str, path: Path, number: int) -> Text:
             f'under "text_pair"), got {line[:80]!r}'
         )
     return Text(text.strip(), None if pair is None else pair.strip())
-
-
-def token_hash(token_ids: Sequence[int]) -> bytes:
-    """SHA-256 of the token ids as little-endian int32: the identity of a sequence in a store."""
-    return hashlib.sha256(np.asarray(token_ids, dtype="<i4").tobytes()).digest()

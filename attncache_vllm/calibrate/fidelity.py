@@ -25,11 +25,13 @@ class Fidelity:
         pairwise_spearman: Spearman's correlation of the similarities of all pairs of texts.
         self_retrieval: share of texts whose reused embedding is nearest, among all exact ones, to
             its own.
+        task_change: change of a task's own metric, reused less exact; None without a task.
     """
 
     centred_cosine: float
     pairwise_spearman: float
     self_retrieval: float
+    task_change: float | None = None
 
 
 def compare(exact: Tensor, reused: Tensor) -> Fidelity:
@@ -43,15 +45,27 @@ def compare(exact: Tensor, reused: Tensor) -> Fidelity:
             "fidelity needs two tensors [N, D] with N >= 3, "
             f"got {tuple(exact.shape)!r} and {tuple(reused.shape)!r}"
         )
-    mean = exact.double().mean(0)
-    a, b = (F.normalize(x.double() - mean, dim=-1) for x in (exact, reused))
+    a, b = centred(exact, reused)
     first, second = torch.triu_indices(len(a), len(a), offset=1)
-    own = (b @ a.T).argmax(1) == torch.arange(len(a))
     return Fidelity(
         centred_cosine=(a * b).sum(1).mean().item(),
         pairwise_spearman=spearman((a @ a.T)[first, second], (b @ b.T)[first, second]),
-        self_retrieval=own.double().mean().item(),
+        self_retrieval=finds_itself(a, b).double().mean().item(),
     )
+
+
+def centred(exact: Tensor, reused: Tensor) -> tuple[Tensor, Tensor]:
+    """Both embeddings ``[N, D]`` less the mean of the exact ones, as unit rows in float64."""
+    mean = exact.double().mean(0)
+    return F.normalize(exact.double() - mean, dim=-1), F.normalize(reused.double() - mean, dim=-1)
+
+
+def finds_itself(exact: Tensor, reused: Tensor) -> Tensor:
+    """bool [N]: whether each row of ``reused`` is nearest, of all rows of ``exact``, to its own.
+
+    Both are unit rows ``[N, D]`` as of :func:`centred`.
+    """
+    return (reused @ exact.T).argmax(1) == torch.arange(len(exact))
 
 
 def spearman(a: Tensor, b: Tensor) -> float:

@@ -91,8 +91,8 @@ def _observing_builder(standard: type) -> type:
             self, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any
         ) -> Any:
             built = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
-            lengths = compat.prompt_lengths(common_attn_metadata.num_reqs)
-            source = compat.MetadataSource(self, common_attn_metadata, lengths)
+            prompts = compat.prompts(common_attn_metadata.num_reqs)
+            source = compat.MetadataSource(self, common_attn_metadata, prompts)
             compat.remember_source(built, source)
             if self._count_bypass is not None:
                 self._count_bypass(source)

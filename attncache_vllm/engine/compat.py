@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from attncache_vllm.errors import SettingsError
@@ -194,17 +195,32 @@ def hook_weight_processing() -> None:
 _SOURCE = "_attncache_source"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompt:
+    """A whole prompt: its length in tokens, and its token ids int32 ``[length]`` if they say all
+    about it (they do not where embeddings or images stand behind some of them)."""
+
+    length: int
+    token_ids: np.ndarray | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class MetadataSource:
     """What attention metadata was built from, and by whom.
 
-    ``prompt_lengths`` are the whole lengths of the rows' prompts in tokens, however much of them
-    this step holds; None where the model runner is not the one that seam 5 hooks.
+    ``prompts`` are those of the rows, however much of them this step holds; None where the model
+    runner is not the one that seam 5 hooks. ``rows`` are the rows of the step's batch that a
+    sub-batch was made of, None for the whole batch.
     """
 
     builder: Any
     common: CommonAttentionMetadata
-    prompt_lengths: list[int] | None = None
+    prompts: list[Prompt] | None = None
+    rows: tuple[int, ...] | None = None
+
+    def row_in_batch(self, row: int) -> int:
+        """The row of the step's batch that is row ``row`` here."""
+        return row if self.rows is None else self.rows[row]
 
 
 def forward_context() -> ForwardContext:
@@ -302,7 +318,10 @@ def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Te
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
-    return source.builder.build(0, sub)
+    built = source.builder.build(0, sub)
+    in_batch = tuple(source.row_in_batch(row) for row in rows)
+    remember_source(built, MetadataSource(source.builder, sub, rows=in_batch))
+    return built
 
 
 @contextmanager
@@ -321,14 +340,14 @@ def sub_batch(layer_name: str, attn_metadata: Any) -> Iterator[None]:
         yield
 
 
-# --- Seam 5: how long the prompts of a batch are ------------------------------------------------
-# Why:      the first chunk of a long prompt looks like a whole short one: attention metadata tells
-#           how far a step gets, not how far the prompt goes.
-# How:      while the runner builds metadata our builders may ask it for the prompt lengths of its
-#           rows. Hooked only in a process that builds an attention layer with our backend selected.
+# --- Seam 5: the prompts of a batch -------------------------------------------------------------
+# Why:      the first chunk of a long prompt looks like a whole short one, and attention metadata
+#           carries no token ids, which alignment goes by.
+# How:      while the runner builds metadata our builders may ask it for the prompts of its rows.
+#           Hooked only in a process that builds an attention layer with our backend selected.
 # Upstream: vllm/v1/worker/gpu_model_runner.py, GPUModelRunner._build_attention_metadata (the CPU
 #           runner inherits it). Model runner V2 is another class and is not hooked.
-# When:     when CommonAttentionMetadata carries the prompt lengths.
+# When:     when CommonAttentionMetadata carries prompt lengths and token ids.
 
 _runner: Any = None
 
@@ -353,12 +372,26 @@ def hook_model_runner() -> None:
     GPUModelRunner._build_attention_metadata = build
 
 
-def prompt_lengths(rows: int) -> list[int] | None:
-    """Whole prompt lengths of the first ``rows`` rows of the batch metadata is being built for."""
+def prompts(rows: int) -> list[Prompt] | None:
+    """The prompts of the first ``rows`` rows of the batch that metadata is being built for."""
     if _runner is None:
         return None
-    lengths: list[int] = _runner.input_batch.num_prompt_tokens_cpu_tensor[:rows].tolist()
-    return lengths
+    batch = _runner.input_batch
+    lengths = batch.num_prompt_tokens_cpu_tensor[:rows].tolist()
+    return [
+        Prompt(length, _token_ids(row, length) if row < len(batch.req_ids) else None)
+        for row, length in enumerate(lengths)
+    ]
+
+
+def _token_ids(row: int, length: int) -> np.ndarray | None:
+    batch = _runner.input_batch
+    request = _runner.requests.get(batch.req_ids[row])
+    if request is None or request.mm_features or not batch.is_token_ids[row, :length].all():
+        return None
+    # A copy: the lookup reads it beside the forward, and the runner reuses the memory.
+    token_ids: np.ndarray = batch.token_ids_cpu[row, :length].astype(np.int32)
+    return token_ids
 
 
 # --- Seam 6: a model without its weights --------------------------------------------------------

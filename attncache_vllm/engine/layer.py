@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """One attention layer with reuse: hits by ``map . V``, misses by vLLM itself.
 
-There are two places to step in, and a layer has one of them. Around the module a hit skips the
-projection to queries and keys as well; inside, in place of the backend's attention, it skips QK^T
-and softmax only, which works for any module and leaves the KV cache as vLLM would.
+There are two places to step in. Around the module a hit skips the projection to queries and keys as
+well; inside, in place of the backend's attention, it skips QK^T and softmax only, which works for
+any module, for a part of the heads and a part of the rows, and leaves the KV cache as vLLM would.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -15,17 +16,23 @@ import torch.nn.functional as F
 
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.modules import AttentionModule
-from attncache_vllm.reuse.apply import RowBlocks, apply_map
+from attncache_vllm.reuse.apply import RowBlocks, apply_aligned, apply_map
+from attncache_vllm.reuse.correct import Correction
+from attncache_vllm.reuse.plan import Source
 
 if TYPE_CHECKING:
     from attncache_vllm.engine.backend import Exact
-    from attncache_vllm.engine.step import Split, Step
+    from attncache_vllm.engine.step import Served, Split, Step
 
 
 class Steps(Protocol):
-    """Where a layer finds the step whose forward pass is running."""
+    """Where a layer finds the step whose forward pass is running, and reports canaries."""
 
     def current(self) -> Step | None: ...
+
+    def compare(
+        self, layer: int, served: Served, reused: torch.Tensor, exact: torch.Tensor
+    ) -> None: ...
 
 
 class ExactModule:
@@ -63,16 +70,52 @@ class ValueProjection:
         return value.view(-1, self._heads, self._head_size)
 
 
-class MapAnswer:
-    """A module's answer from maps: V rows, ``map . V``, output projection if it has one."""
+class OutputProjection:
+    """From the heads ``[T, H * d]`` to the module's answer ``[T, hidden]``, after a correction if
+    the source has one: folded into the weight where that is a plain matrix."""
 
-    def __init__(self, found: AttentionModule) -> None:
+    def __init__(
+        self, found: AttentionModule, corrections: dict[Source, Correction] | None = None
+    ) -> None:
+        self._module = found.output_proj
+        self._corrections = corrections or {}
+        self._folded: dict[Source, tuple[torch.Tensor, torch.Tensor]] = {}
+        if self._module is not None and found.folds_into_output:
+            weight, bias = self._module.weight.data, self._module.bias
+            self._folded = {
+                source: correction.folded(weight, None if bias is None else bias.data)
+                for source, correction in self._corrections.items()
+            }
+
+    def __call__(
+        self, heads: torch.Tensor, value: torch.Tensor, source: Source | None = None
+    ) -> torch.Tensor:
+        """``value`` are the tokens' own values ``[T, KV, d]``."""
+        if source is not None and source in self._folded:
+            return F.linear(torch.cat([heads, value.flatten(1)], 1), *self._folded[source])
+        if source is not None and source in self._corrections:
+            self._corrections[source].apply_(heads, value)
+        if self._module is None:
+            return heads
+        output: torch.Tensor = self._module(heads)[0]
+        return output
+
+
+class MapAnswer:
+    """A module's answer from whole maps: V rows, ``map . V``, output projection if it has one."""
+
+    def __init__(
+        self, found: AttentionModule, corrections: dict[Source, Correction] | None = None
+    ) -> None:
         self._value = ValueProjection(found)
-        self._output_proj = found.output_proj
+        self._output = OutputProjection(found, corrections)
         self._heads_size = found.attention.num_heads * found.attention.head_size
 
     def __call__(
-        self, maps: list[tuple[RowBlocks, int, int]], hidden_states: torch.Tensor
+        self,
+        maps: list[tuple[RowBlocks, int, int]],
+        hidden_states: torch.Tensor,
+        source: Source | None = None,
     ) -> torch.Tensor:
         """Answer ``[T, hidden]`` for ``hidden_states`` ``[T, hidden]``; each map serves the tokens
         from its start to its stop, and together they serve all."""
@@ -80,38 +123,42 @@ class MapAnswer:
         heads = torch.empty(len(value), self._heads_size, dtype=value.dtype, device=value.device)
         for blocks, start, stop in maps:
             apply_map(blocks, value[start:stop], heads[start:stop])
-        if self._output_proj is None:
-            return heads
-        output: torch.Tensor = self._output_proj(heads)[0]
-        return output
+        return self._output(heads, value, source)
 
 
 class ReuseModule:
     """Stands around an attention module.
 
-    A hit costs its V rows, ``map . V`` and the output projection; no q, no k, no rotary embedding,
-    no KV write, no QK^T and no softmax (AttnCache, arXiv 2510.25979, section 3). Everything else
-    goes through the module's own forward, so norms and rotary embedding stay the model's.
+    A hit whose maps are those of all heads costs its V rows, ``map . V`` and the output projection;
+    no q, no k, no rotary embedding, no KV write, no QK^T and no softmax (AttnCache,
+    arXiv 2510.25979, section 3). Everything else goes through the module's own forward, so norms
+    and rotary embedding stay the model's, and on to the :class:`ReuseScores` inside.
     """
 
-    def __init__(self, found: AttentionModule, steps: Steps) -> None:
+    def __init__(
+        self, found: AttentionModule, steps: Steps, corrections: dict[Source, Correction]
+    ) -> None:
         self._index = found.index
         self._name = found.name
         self._exact = ExactModule(found)
-        self._answer = MapAnswer(found)
+        self._answer = MapAnswer(found, corrections)
         self._steps = steps
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         step = self._steps.current()
-        maps = step.maps_for(self._index) if step is not None else {}
-        if step is None or not maps:
+        served = step.served(self._index) if step is not None else {}
+        whole = {row: item for row, item in served.items() if item.whole}
+        if step is None or not whole:
             return self._exact(hidden_states, positions)
-        split = step.split(self._name, tuple(maps))
-        reused = self._answer(_packed(split, maps), hidden_states[split.hit_tokens])
-        if split.misses is None and len(reused) == len(hidden_states):
-            return reused
-        output = torch.zeros_like(hidden_states)
-        output[split.hit_tokens] = reused
+        split = step.split(compat.layer_metadata(self._name), tuple(whole))
+        output: torch.Tensor | None = None
+        for source, tokens, spans in _by_source(split, whole):
+            reused = self._answer(_packed(spans, whole), hidden_states[tokens], source)
+            if len(reused) == len(hidden_states):
+                return reused
+            output = torch.zeros_like(hidden_states) if output is None else output
+            output[tokens] = reused
+        assert output is not None
         if split.misses is not None:
             tokens = split.misses.tokens
             with compat.sub_batch(self._name, split.misses.attn_metadata):
@@ -124,14 +171,18 @@ class ReuseModule:
 class ReuseScores:
     """Stands in place of the standard backend's attention of one layer.
 
-    Queries, keys and values are computed and the KV cache is written as ever, because the module
-    or its engine leaves no choice. A hit skips QK^T and softmax.
+    Queries, keys and values are computed and the KV cache is written as ever. The standard kernel
+    runs on the sequences of which it has to compute a head; what maps serve is written over that.
     """
 
-    def __init__(self, found: AttentionModule, steps: Steps) -> None:
+    def __init__(
+        self, found: AttentionModule, steps: Steps, corrections: dict[Source, Correction]
+    ) -> None:
         self._index = found.index
-        self._name = found.name
+        self._scale = found.attention.impl.scale
+        self._soft_cap = found.soft_cap
         self._steps = steps
+        self._corrections = corrections
 
     def attend(
         self,
@@ -144,24 +195,86 @@ class ReuseScores:
     ) -> None:
         """See :class:`attncache_vllm.engine.backend.ScoresTreatment`."""
         step = self._steps.current()
-        maps = step.maps_for(self._index) if step is not None else {}
-        if step is None or not maps:
+        source = compat.metadata_source(attn_metadata)
+        if step is None or source is None:
             exact(query, key, value, attn_metadata, output)
             return
-        split = step.split(self._name, tuple(maps))
-        for row, start, stop in split.hit_spans:
-            apply_map(maps[row], value[start:stop], output[start:stop].flatten(1))
-        if split.misses is not None:
-            tokens = split.misses.tokens
-            rest = output.new_empty(len(tokens), *output.shape[1:])
-            exact(query[tokens], key[tokens], value[tokens], split.misses.attn_metadata, rest)
-            output[tokens] = rest
+        served = _by_own_row(step.served(self._index), source)
+        canaries = _by_own_row(step.canaries(self._index), source)
+        # Rows of which every head is served need no kernel.
+        complete = tuple(row for row, item in served.items() if item.all_heads)
+        if not complete:
+            exact(query, key, value, attn_metadata, output)
+        else:
+            split = step.split(attn_metadata, complete)
+            if split.misses is not None:
+                tokens = split.misses.tokens
+                rest = output.new_empty(len(tokens), *output.shape[1:])
+                exact(query[tokens], key[tokens], value[tokens], split.misses.attn_metadata, rest)
+                output[tokens] = rest
+        starts = source.common.query_start_loc_cpu.tolist()
+        for row, item in served.items():
+            span = slice(starts[row], starts[row + 1])
+            self._serve(item, query[span], key[span], value[span], output[span])
+        for row, item in canaries.items():
+            span = slice(starts[row], starts[row + 1])
+            reused = output[span].clone()
+            self._serve(item, query[span], key[span], value[span], reused)
+            heads = item.heads
+            self._steps.compare(
+                self._index, item, reused[:, heads].flatten(1), output[span][:, heads].flatten(1)
+            )
+
+    def _serve(
+        self,
+        item: Served,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Write the served heads of one sequence into ``output`` ``[L, H, d]``."""
+        heads = output.flatten(1)
+        if item.alignment is None:
+            apply_map(item.maps, value, heads)
+        else:
+            apply_aligned(
+                item.maps, item.alignment, query, key, value, self._scale, self._soft_cap, heads
+            )
+        if item.source in self._corrections:
+            self._corrections[item.source].apply_(heads, value)
 
 
-def _packed(split: Split, maps: dict[int, RowBlocks]) -> list[tuple[RowBlocks, int, int]]:
+def _by_own_row(
+    by_row_of_batch: dict[int, Served], source: compat.MetadataSource
+) -> dict[int, Served]:
+    """The same by the row of this, perhaps partial, batch; rows that it does not hold are gone."""
+    return {
+        row: by_row_of_batch[source.row_in_batch(row)]
+        for row in range(source.common.num_reqs)
+        if source.row_in_batch(row) in by_row_of_batch
+    }
+
+
+def _by_source(
+    split: Split, served: dict[int, Served]
+) -> Iterator[tuple[Source, slice | torch.Tensor, Sequence[tuple[int, int, int]]]]:
+    """Hits by their source, each with tokens and spans: their corrections differ."""
+    sources = sorted({item.source for item in served.values()})
+    if len(sources) == 1:
+        yield sources[0], split.hit_tokens, split.hit_spans
+        return
+    for source in sources:
+        spans = [span for span in split.hit_spans if served[span[0]].source == source]
+        yield source, torch.cat([torch.arange(start, stop) for _, start, stop in spans]), spans
+
+
+def _packed(
+    spans: Sequence[tuple[int, int, int]], served: dict[int, Served]
+) -> list[tuple[RowBlocks, int, int]]:
     """The hits' maps and spans when their tokens lie side by side."""
     packed, filled = [], 0
-    for row, start, stop in split.hit_spans:
-        packed.append((maps[row], filled, filled + stop - start))
+    for row, start, stop in spans:
+        packed.append((served[row].maps, filled, filled + stop - start))
         filled += stop - start
     return packed

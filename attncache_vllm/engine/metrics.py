@@ -23,6 +23,27 @@ SEQUENCES = Counter(
 BYPASSES = Counter("attncache_bypasses", "Sequences not eligible for reuse, by reason.", ["reason"])
 MISSES = Counter("attncache_misses", "Sequences looked up in vain, by reason.", ["reason"])
 STORE_FAULTS = Counter("attncache_store_faults", "Faults of the map store, by kind.", ["kind"])
+HITS = Counter("attncache_hits", "Sequences served from maps, by source.", ["source"])
+CANARIES = Counter(
+    "attncache_canaries", "Hits that were computed exactly and compared, by source.", ["source"]
+)
+MAP_ROWS = Counter(
+    "attncache_map_rows",
+    "Rows of attention maps that sequences needed, one for each layer, KV group and token: reused "
+    "or computed.",
+    ["kind"],
+)
+CANARY_ERROR = Gauge(
+    "attncache_canary_error",
+    "Mean relative error of the latest canaries, by layer and source.",
+    ["layer", "source"],
+    multiprocess_mode="mostrecent",
+)
+TRIPPED = Gauge(
+    "attncache_tripped_layers",
+    "Layers, counted once per source, that are computed exactly because of their canaries.",
+    multiprocess_mode="mostrecent",
+)
 LAYERS = Gauge(
     "attncache_layers",
     "Attention layers of the model, by treatment: reused, exact, or bypassed for a reason.",
@@ -50,9 +71,17 @@ class Outcomes:
     reasons: Tally[str] = field(default_factory=Tally)
     _last_log: float = field(default_factory=time.monotonic)
 
-    def hit(self, count: int) -> None:
-        if count:
-            self._count("hit", count)
+    def hit(self, source: str) -> None:
+        self._count("hit", 1)
+        self.reasons[f"hit: {source}"] += 1
+        HITS.labels(source).inc()
+
+    def canary(self, source: str) -> None:
+        """A hit that is computed exactly: it counts as a miss, and apart."""
+        self._count("miss", 1)
+        self.reasons["miss: canary"] += 1
+        MISSES.labels("canary").inc()
+        CANARIES.labels(source).inc()
 
     def miss(self, reason: str, count: int) -> None:
         if count:

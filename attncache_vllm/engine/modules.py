@@ -104,6 +104,21 @@ class AttentionModule:
 
         return self._only_child(RowParallelLinear)
 
+    @property
+    def folds_into_output(self) -> bool:
+        """Whether the output projection is a plain matrix that another can be folded into."""
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        return self.output_proj is not None and isinstance(
+            self.output_proj.quant_method, UnquantizedLinearMethod
+        )
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Bound of the scores before the mask, None if there is none."""
+        # 0 and None both mean no cap, depending on the backend.
+        return getattr(self.attention.impl, "logits_soft_cap", None) or None
+
     def unknown_children(self) -> list[str]:
         """Names of the children that may take part in the answer in an unknown way."""
         from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase

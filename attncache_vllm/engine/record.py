@@ -4,8 +4,10 @@ maps are kept. ``attncache build`` drives it, one sequence per engine step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from attncache_vllm.config import RecordSettings
@@ -14,12 +16,13 @@ from attncache_vllm.engine.layer import ExactModule, MapAnswer
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import RowBlocks, apply_map, exact_probs
+from attncache_vllm.reuse.apply import RowBlocks, apply_map, exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store.local import LocalStore
-from attncache_vllm.store.protocol import Record
+from attncache_vllm.store.protocol import Record, token_hash
 
 if TYPE_CHECKING:
     from attncache_vllm.engine.backend import Exact
@@ -47,6 +50,7 @@ class Recorder:
         self.layouts = layouts
         self._pooled: torch.Tensor | None = None
         self._length = 0
+        self._token_ids: np.ndarray | None = None
         self._maps: dict[int, torch.Tensor] = {}
         self.parity: dict[int, float] = {}
 
@@ -61,7 +65,7 @@ class Recorder:
                 "recording takes one whole sequence per step, got "
                 f"{len(whole)} of {source.common.num_reqs} rows; run `attncache build`"
             )
-        self._length = whole[0].length
+        self._length, self._token_ids = whole[0].length, whole[0].token_ids
         tokens = hidden_states[: self._length]
         self._pooled = pool_tokens(tokens, self._settings.slots)
         self._maps = {}
@@ -95,19 +99,31 @@ class Recorder:
                 "--layers"
             )
 
-    def commit(self, token_hash: bytes) -> int:
-        """Store the sequence recorded last under the hash of its token ids; returns entry id."""
+    def commit(self, token_ids: Sequence[int]) -> int:
+        """Store the sequence recorded last, which has these token ids; returns its entry id."""
         if self._pooled is None or set(self._maps) != set(self._settings.layers):
             raise AttnCacheError(
                 "a recorded sequence must have passed the feature layer and every recorded layer, "
                 f"got layers {sorted(self._maps)!r} of {sorted(self._settings.layers)!r}"
             )
+        tokens = np.asarray(token_ids, dtype=np.int32)
+        if len(tokens) != self._length or (
+            self._token_ids is not None and not np.array_equal(tokens, self._token_ids)
+        ):
+            # Alignment would match rows of other tokens than those that the maps are of.
+            raise AttnCacheError(
+                f"the token ids of a recorded sequence must be the {self._length} that the model "
+                f"saw, got {len(tokens)} of which some differ; vLLM joins or truncates this text "
+                "in another way than the model's tokenizer, so that it cannot be recorded"
+            )
         record = Record(
-            token_hash=token_hash,
+            token_hash=token_hash(tokens),
             length=self._length,
             codec=CODEC,
             pooled=self._pooled.cpu().numpy(),
             maps={layer: encoded.numpy() for layer, encoded in self._maps.items()},
+            token_ids=tokens,
+            sketch=sketch(tokens),
         )
         self._pooled, self._maps = None, {}
         return self._store.put(record)
@@ -132,8 +148,7 @@ class RecordScores:
         self._index = found.index
         self._layout = found.layout
         self._scale = found.attention.impl.scale
-        # 0 and None both mean no cap, depending on the backend.
-        self._soft_cap = getattr(found.attention.impl, "logits_soft_cap", None) or None
+        self._soft_cap = found.soft_cap
         self._recorder = recorder
 
     def attend(
@@ -150,10 +165,10 @@ class RecordScores:
         length = self._recorder.length
         if not length:
             return
-        probs = exact_probs(
+        probs, lse = exact_map(
             query[:length], key[:length], self._scale, self._layout.mask, self._soft_cap
         )
-        self._recorder.keep(self._index, encode_map(probs, self._layout.mask))
+        self._recorder.keep(self._index, encode_map(probs, lse, self._layout.mask))
         if self._index not in self._recorder.parity:
             own = torch.empty_like(output[:length])
             blocks = self._recorder.kept(self._index, self._layout, own.device)
@@ -210,9 +225,9 @@ class RecorderExtension:
             for layer, layout in _recorder().layouts.items()
         ]
 
-    def attncache_commit(self, token_hash: bytes) -> dict[str, Any]:
+    def attncache_commit(self, token_ids: list[int]) -> dict[str, Any]:
         recorder = _recorder()
-        recorder.commit(token_hash)
+        recorder.commit(token_ids)
         return recorder.stats()
 
     def attncache_flush(self) -> None:

@@ -1,186 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one engine's worker holds for serving: store, projector, resident maps and counters."""
+"""What one engine's worker holds for serving, and what becomes of each sequence."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
-import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
-import numpy as np
 import torch
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
-from attncache_vllm.engine.step import Hit, Sequence, Step, prompts_of
-from attncache_vllm.errors import AttnCacheError, StoreTimeout
-from attncache_vllm.reuse.apply import RowBlocks, crop
-from attncache_vllm.reuse.codec import CODEC, decode_map
-from attncache_vllm.reuse.feature import Projector, pool_tokens
-from attncache_vllm.reuse.layout import MapLayout
-from attncache_vllm.reuse.match import Match, choose
-from attncache_vllm.reuse.plan import Plan
-from attncache_vllm.reuse.resident import ResidentSet
-from attncache_vllm.store.protocol import MapStore, Record
-from attncache_vllm.store.records import MAX_LENGTH
+from attncache_vllm.engine.canary import Canaries
+from attncache_vllm.engine.lookups import Lookups
+from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step, prompts_of
+from attncache_vllm.reuse.feature import pool_tokens
+from attncache_vllm.reuse.template import Templates
 
 logger = compat.get_logger(__name__)
 
-# Maps are read from read-only memory and never written to; torch warns because it cannot mark that.
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-
 _STEP = "attncache"
-# Of exact neighbours the first would do; a compressed index ranks them a little wrong.
-NEIGHBOURS = 8
-
-
-class Lookups:
-    """Batched lookups beside the forward pass: features, search, gate, and the maps themselves.
-
-    One thread: while a lookup that outlived its step still runs, no other is queued behind it, so
-    a slow store costs one step its deadline and not every step.
-    """
-
-    def __init__(
-        self,
-        store: MapStore,
-        projector: Projector,
-        plan: Plan,
-        settings: Settings,
-        layouts: dict[int, MapLayout],
-        device: torch.device,
-    ) -> None:
-        """``layouts`` are those of the layers that reuse maps here; maps are kept on ``device``."""
-        self._store = store
-        self._projector = projector
-        self._layouts = layouts
-        self._device = device
-        self._widest_gate = max(plan.layers[layer].max_distance for layer in layouts)
-        # Layers that a longer entry can serve: causal maps hold the maps of their prefixes.
-        self._longer = frozenset(
-            layer
-            for layer, layout in layouts.items()
-            if layout.mask.causal or plan.layers[layer].crop
-        )
-        self.resident: ResidentSet[int, dict[int, RowBlocks]] = ResidentSet(settings.resident_bytes)
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
-        )
-        self._running: Future[list[Hit | None]] | None = None
-
-    def start(
-        self, pooled: torch.Tensor, lengths: list[int], deadline: float
-    ) -> Future[list[Hit | None]] | None:
-        """Look up pooled feature inputs ``[B, slots, hidden]``; None while another one runs."""
-        if self._running is not None and not self._running.done():
-            return None
-        self._running = self._thread.submit(self._look_up, pooled, lengths, deadline)
-        return self._running
-
-    def _look_up(
-        self, pooled: torch.Tensor, lengths: list[int], deadline: float
-    ) -> list[Hit | None]:
-        started = time.monotonic()
-        try:
-            with torch.inference_mode():
-                features = self._projector(pooled).numpy()
-            return self._find(np.ascontiguousarray(features, dtype=np.float32), lengths, deadline)
-        except StoreTimeout:
-            metrics.STORE_FAULTS.labels("late").inc()
-            raise
-        except AttnCacheError as error:
-            metrics.STORE_FAULTS.labels("unavailable").inc()
-            compat.warn_once(logger, "map store unavailable, computing exactly: %s", str(error))
-            raise
-        except Exception:
-            # Not a fault of the store but of ours: say where, and let the step miss.
-            metrics.STORE_FAULTS.labels("internal").inc()
-            logger.exception("lookup failed, computing exactly")
-            raise
-        finally:
-            metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
-
-    def _find(self, features: np.ndarray, lengths: list[int], deadline: float) -> list[Hit | None]:
-        longer = bool(self._longer)
-        usable = [(length, MAX_LENGTH if longer else length) for length in lengths]
-        neighbours = self._store.lookup(features, usable, neighbours=NEIGHBOURS, deadline=deadline)
-        matches = [
-            choose(found, length, self._widest_gate, longer)
-            for found, length in zip(neighbours, lengths, strict=True)
-        ]
-        maps = self._load(
-            sorted({match.entry_id for match in matches if match is not None}), deadline
-        )
-        return [self._hit(match, maps) for match in matches]
-
-    def _hit(self, match: Match | None, maps: dict[int, dict[int, RowBlocks]]) -> Hit | None:
-        if match is None or match.entry_id not in maps:
-            return None
-        entry = maps[match.entry_id]
-        if match.entry_length == match.length:
-            return Hit(match, entry)
-        return Hit(match, {layer: crop(entry[layer], match.length) for layer in self._longer})
-
-    def _load(self, entry_ids: list[int], deadline: float) -> dict[int, dict[int, RowBlocks]]:
-        found = {entry_id: self.resident.get(entry_id) for entry_id in entry_ids}
-        absent = [entry_id for entry_id, maps in found.items() if maps is None]
-        if absent:
-            records = self._store.load(absent, deadline=deadline)
-            for entry_id, record in zip(absent, records, strict=True):
-                maps = self._decode(record) if record is not None else None
-                if maps is None:
-                    metrics.STORE_FAULTS.labels("damaged record").inc()
-                    continue
-                found[entry_id] = maps
-                self.resident.put(entry_id, maps, sum(m.nbytes for m in maps.values()))
-        return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
-
-    def _decode(self, record: Record) -> dict[int, RowBlocks] | None:
-        """The record's maps by layer; None when they are not what this model's maps must be."""
-        if record.codec != CODEC:
-            return None
-        try:
-            maps = {
-                layer: decode_map(torch.from_numpy(record.maps[layer]), layout, record.length)
-                for layer, layout in self._layouts.items()
-            }
-        except KeyError as error:
-            compat.warn_once(logger, "a record lacks the map of layer %s", str(error))
-            return None
-        except ValueError as error:
-            compat.warn_once(logger, "a stored map does not fit this model: %s", str(error))
-            return None
-        maps = {layer: blocks.to(self._device) for layer, blocks in maps.items()}
-        if self._device.type == "cuda":
-            # The forward reads them on a stream of its own.
-            torch.cuda.current_stream(self._device).synchronize()
-        return maps
-
-
-def _leave_compute_core() -> None:
-    """Let the calling thread run on any core that the worker's parent may use.
-
-    vLLM pins a CPU worker's threads to cores, and a new thread inherits the pin: left there, the
-    lookup would run on the forward's own core, in turn with it instead of beside it.
-    """
-    if hasattr(os, "sched_setaffinity"):  # not on macOS
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))
 
 
 class Serving:
     """Observes the feature layer, starts the lookup and hands each layer the current step."""
 
     def __init__(
-        self, plan: Plan, lookups: Lookups, settings: Settings, slots: int, feature_layer_name: str
+        self,
+        lookups: Lookups | None,
+        templates: Templates,
+        canaries: Canaries,
+        settings: Settings,
+        slots: int,
+        feature_layer_name: str,
+        groups: int,
     ) -> None:
-        self._plan = plan
+        """``lookups`` is None if the plan has templates only; ``groups`` is the number of KV
+        groups of all layers together."""
         self._lookups = lookups
+        self._templates = templates
+        self._canaries = canaries
         self._settings = settings
         self._slots = slots
         self._feature_layer_name = feature_layer_name
+        self._groups = groups
         self.outcomes = metrics.Outcomes(settings.log_interval_s)
 
     def observe(self, hidden_states: torch.Tensor) -> None:
@@ -197,27 +59,72 @@ class Serving:
         step: Step | None = compat.forward_context().additional_kwargs.get(_STEP)
         return step
 
+    def compare(
+        self, layer: int, served: Served, reused: torch.Tensor, exact: torch.Tensor
+    ) -> None:
+        """Take note of a canary in a layer: served heads ``[T, n * d]``, reused and exact."""
+        self._canaries.note(layer, served.source, reused, exact)
+
     def _begin(self, source: compat.MetadataSource, hidden_states: torch.Tensor) -> Step:
         prompts = prompts_of(source)
         self.outcomes.bypass("only a part of the prompt in the step", prompts.ending)
         eligible = [seq for seq in prompts.whole if seq.length >= self._settings.min_tokens]
-        self.outcomes.bypass("shorter than min_tokens", len(prompts.whole) - len(eligible))
+        short = [seq for seq in prompts.whole if seq.length < self._settings.min_tokens]
+        self.outcomes.bypass("shorter than min_tokens", len(short))
+        metrics.MAP_ROWS.labels("computed").inc(self._groups * sum(seq.length for seq in short))
         deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
-        lookup = self._start_lookup(eligible, hidden_states, deadline) if eligible else None
-        if lookup is None:
-            self.outcomes.miss("lookup still running", len(eligible))
-            eligible = []
-        return Step(self._plan, eligible, lookup, deadline, self.outcomes)
+        lookup, reason = None, None
+        if self._lookups is not None and eligible:
+            lookup = self._start_lookup(self._lookups, eligible, hidden_states, deadline)
+            reason = "lookup still running" if lookup is None else None
+        return Step(eligible, lookup, deadline, self._decide, self._canaries.tripped, reason)
 
     def _start_lookup(
-        self, sequences: list[Sequence], hidden_states: torch.Tensor, deadline: float
+        self,
+        lookups: Lookups,
+        sequences: list[Sequence],
+        hidden_states: torch.Tensor,
+        deadline: float,
     ) -> Future[list[Hit | None]] | None:
-        pooled = torch.stack(
-            [
-                pool_tokens(hidden_states[seq.start : seq.start + seq.length], self._slots)
-                for seq in sequences
-            ]
+        pooled = None
+        if lookups.uses_features:
+            inputs = [hidden_states[seq.start : seq.start + seq.length] for seq in sequences]
+            pooled = torch.stack([pool_tokens(tokens, self._slots) for tokens in inputs])
+            # Rounded as a store keeps them, so that a recorded text finds itself at distance 0.
+            pooled = pooled.to("cpu", torch.float16).float()
+        return lookups.start(sequences, pooled, deadline)
+
+    def _decide(
+        self, sequences: list[Sequence], found: list[Hit | None], reason: str | None
+    ) -> Decision:
+        hits, canaries = {}, {}
+        for sequence, match in zip(sequences, found, strict=True):
+            hit = match or self._template(sequence)
+            reused = 0
+            if hit is None:
+                self.outcomes.miss(reason or "nothing close enough", 1)
+            elif self._canaries.draw():
+                canaries[sequence.row] = hit
+                self.outcomes.canary(hit.source)
+            else:
+                hits[sequence.row] = hit
+                self.outcomes.hit(hit.source)
+                reused = self._rows_reused(hit, sequence.length)
+            metrics.MAP_ROWS.labels("reused").inc(reused)
+            metrics.MAP_ROWS.labels("computed").inc(self._groups * sequence.length - reused)
+        return Decision(hits, canaries)
+
+    def _template(self, sequence: Sequence) -> Hit | None:
+        served = {
+            layer: Served("template", maps)
+            for layer in self._templates.layers
+            if (maps := self._templates.get(layer, sequence.length)) is not None
+        }
+        return Hit("template", served) if served else None
+
+    def _rows_reused(self, hit: Hit, length: int) -> int:
+        return sum(
+            served.rows_reused(length)
+            for layer, served in hit.served.items()
+            if not self._canaries.tripped(layer, served.source)
         )
-        # Rounded as a store keeps them, so that a recorded text finds itself at distance 0.
-        pooled = pooled.to("cpu", torch.float16).float()
-        return self._lookups.start(pooled, [seq.length for seq in sequences], deadline)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,16 +15,21 @@ import torch
 
 from attncache_vllm.config import RecordSettings, Settings, load_settings
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.eligibility import Reach, reach_of, reaches_of, why_engine_bypassed
 from attncache_vllm.engine.layer import ReuseModule, ReuseScores
+from attncache_vllm.engine.lookups import Lookups
 from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
 from attncache_vllm.engine.namespace import namespace_of, weights_fingerprint
 from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, activate
-from attncache_vllm.engine.runtime import Lookups, Serving
+from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import prompts_of
-from attncache_vllm.errors import SettingsError, StoreError
+from attncache_vllm.errors import SettingsError, StoreDamaged, StoreError
+from attncache_vllm.reuse.correct import Correction, Corrections, corrections_from_bytes
 from attncache_vllm.reuse.feature import Projector
-from attncache_vllm.reuse.plan import LayerPlan, Plan
+from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.plan import Plan, Source
+from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import FILE_NAME as MANIFEST_NAME
 from attncache_vllm.store.manifest import Manifest
@@ -52,7 +59,7 @@ def check_before_start(vllm_config: VllmConfig) -> None:
     # The weights are not loaded yet: here the store's own stand for them, the worker compares.
     weights = Manifest.read(settings.store).namespace.weights
     with LocalStore.open(settings.store, namespace=namespace_of(vllm_config, weights)) as store:
-        Plan.from_dict(store.plan)
+        effective_plan(store, settings)
 
 
 def attach(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
@@ -62,6 +69,8 @@ def attach(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     namespace = namespace_of(vllm_config, weights_fingerprint(model, modules))
     if settings.record is not None:
         _attach_recording(modules, vllm_config, settings, namespace)
+    elif settings.calibrate:
+        _attach_calibration(modules, vllm_config, settings, namespace)
     else:
         _attach_serving(modules, vllm_config, settings, namespace)
 
@@ -72,20 +81,17 @@ def _attach_serving(
     settings: Settings,
     namespace: Namespace,
 ) -> None:
+    from attncache_vllm.engine import ops
+
     store = LocalStore.open(settings.store, namespace=namespace)
-    plan = _effective_plan(store, settings)
-    if len(plan.layers) != namespace.num_layers:
-        raise StoreError(
-            f"a plan needs an entry for each of the model's {namespace.num_layers} layers, got "
-            f"{len(plan.layers)}; build the store again"
-        )
+    plan = effective_plan(store, settings)
     engine_reason = why_engine_bypassed(
         vllm_config, reuse_with_prefix_caching=settings.reuse_with_prefix_caching
     )
     reaches = reaches_of(modules, vllm_config, namespace.num_layers)
     if engine_reason is not None:
         reaches = [Reach("nothing", engine_reason)] * namespace.num_layers
-    treatments = Counter(_treatment(reach, plan.layers[i]) for i, reach in enumerate(reaches))
+    treatments = Counter(_treatment(reach, i, plan) for i, reach in enumerate(reaches))
     for treatment, count in treatments.items():
         metrics.LAYERS.labels(treatment).set(count)
         if treatment.startswith(("bypassed", "partly")):
@@ -95,15 +101,16 @@ def _attach_serving(
         for found in modules
         if found.index in plan.reused_layers and reaches[found.index].skips != "nothing"
     ]
-
-    projector = Projector.from_bytes(store.projector_bytes)
-    if projector.hidden_size != _hidden_size(vllm_config):
-        raise StoreError(
-            f"the store's projector takes inputs of width {projector.hidden_size}, the model has "
-            f"{_hidden_size(vllm_config)}; build the store again for this model"
-        )
     if reusable:
-        _hook_serving(modules, reusable, reaches, plan, projector, store, settings)
+        serving = _serving(modules, reusable, plan, store, settings, vllm_config, namespace)
+        # Not the parameters' dtype: quantized ones are integers.
+        corrections = _corrections(store, plan, reusable, vllm_config.model_config.dtype)
+        for found in reusable:
+            of_layer = {s: c for (s, layer), c in corrections.items() if layer == found.index}
+            _hook(found, reaches[found.index], serving, plan, of_layer)
+        # Last, so that it comes before whatever stands around the feature layer's module.
+        feature = _feature_module(modules, plan.feature_layer)
+        ops.observe_input(feature, serving.observe)
     else:
         # Nothing will be looked up, but sequences are counted with the reason.
         reason = next((reaches[i].reason for i in plan.reused_layers), None) or "an exact plan"
@@ -111,7 +118,7 @@ def _attach_serving(
         compat.leave_bypass_counter(vllm_config, functools.partial(_count_bypass, reason, outcomes))
     stats = store.stats()
     logger.info(
-        "attncache: %s, namespace %s, %d entries, %d of %d layers with reuse (%s), gate <= %s, "
+        "attncache: %s, namespace %s, %d entries, %d of %d layers with reuse (%s), %s, "
         "%.1f MiB in the store, up to %d MiB resident",
         "active" if reusable else "every sequence is bypassed",
         namespace.digest()[:12],
@@ -119,48 +126,132 @@ def _attach_serving(
         len(reusable),
         namespace.num_layers,
         ", ".join(str(found.index) for found in reusable) or "none",
-        max((plan.layers[found.index].max_distance for found in reusable), default="-"),
+        "; ".join(f"{source} <= {part.gate}" for source, part in plan.sources.items()) or "no plan",
         stats.bytes / 2**20,
         settings.resident_mib,
     )
 
 
-def _treatment(reach: Reach, layer: LayerPlan) -> str:
+def _treatment(reach: Reach, layer: int, plan: Plan) -> str:
     """A layer's label in log and metrics."""
     if reach.skips == "nothing":
         return f"bypassed: {reach.reason}"
-    if layer.source == "exact":
+    if layer not in plan.reused_layers:
         return "exact"
     return "reused" if reach.skips == "module" else f"partly: {reach.reason}"
 
 
-def _hook_serving(
+def _serving(
     modules: list[AttentionModule],
     reusable: list[AttentionModule],
-    reaches: list[Reach],
     plan: Plan,
-    projector: Projector,
     store: LocalStore,
     settings: Settings,
+    vllm_config: VllmConfig,
+    namespace: Namespace,
+) -> Serving:
+    """What the worker holds."""
+    layouts = {found.index: found.layout for found in reusable}
+    _check_groups(plan, layouts)
+    device = _device(reusable)
+    projector = Projector.from_bytes(store.projector_bytes)
+    if projector.hidden_size != _hidden_size(vllm_config):
+        raise StoreError(
+            f"the store's projector takes inputs of width {projector.hidden_size}, the model has "
+            f"{_hidden_size(vllm_config)}; build the store again for this model"
+        )
+    lookups = None
+    if set(plan.sources) - {"template"}:
+        groups = namespace.num_layers * namespace.num_kv_heads
+        lookups = Lookups(store, projector, plan, settings, layouts, groups, device)
+    return Serving(
+        lookups,
+        _templates(store, plan, modules, reusable).to(device),
+        Canaries(plan, settings.canary_share, settings.store),
+        settings,
+        projector.slots,
+        _feature_module(modules, plan.feature_layer).name,
+        groups=namespace.num_layers * namespace.num_kv_heads,
+    )
+
+
+def _hook(
+    found: AttentionModule,
+    reach: Reach,
+    serving: Serving,
+    plan: Plan,
+    corrections: dict[Source, Correction],
 ) -> None:
+    """Put reuse inside a layer, and around its module if that helps some hits."""
     from attncache_vllm.engine import ops
 
-    lookups = Lookups(
-        store,
-        projector,
-        plan,
-        settings,
-        layouts={found.index: found.layout for found in reusable},
-        device=next(reusable[0].module.parameters()).device,
-    )
-    feature = _feature_module(modules, plan.feature_layer)
-    serving = Serving(plan, lookups, settings, projector.slots, feature.name)
-    for found in reusable:
-        if reaches[found.index].skips == "module":
-            ops.replace_forward(found, ReuseModule(found, serving))
-        else:
-            found.attention.attncache_scores = ReuseScores(found, serving)
-    ops.observe_input(feature, serving.observe)
+    found.attention.attncache_scores = ReuseScores(found, serving, corrections)
+    every = tuple(range(found.layout.num_kv_heads))
+    whole = [
+        source
+        for source, part in plan.sources.items()
+        if source in ("neighbour", "template") and part.groups[found.index] == every
+    ]
+    if reach.skips == "module" and whole:
+        ops.replace_forward(found, ReuseModule(found, serving, corrections))
+
+
+def _check_groups(plan: Plan, layouts: Mapping[int, MapLayout]) -> None:
+    for source, part in plan.sources.items():
+        for layer, layout in layouts.items():
+            groups = part.groups[layer]
+            if groups and groups[-1] >= layout.num_kv_heads:
+                raise StoreError(
+                    f"the plan's KV groups of layer {layer} must be below {layout.num_kv_heads}, "
+                    f"got {groups!r} for {source!r}; calibrate again for this model"
+                )
+
+
+def _templates(
+    store: LocalStore,
+    plan: Plan,
+    modules: list[AttentionModule],
+    reusable: list[AttentionModule],
+) -> Templates:
+    if "template" not in plan.sources:
+        return Templates({})
+    data = store.artifact("templates")
+    if data is None:
+        raise StoreError("the plan uses templates, and the store has none; run attncache calibrate")
+    groups = plan.sources["template"].groups
+    try:
+        # The store may have templates of more layers than reuse them here.
+        every = Templates.from_bytes(data, {found.index: found.layout for found in modules})
+        served = [found.index for found in reusable if groups[found.index]]
+        return every.select({layer: groups[layer] for layer in served})
+    except ValueError as error:
+        raise StoreDamaged(f"the store's templates cannot be used: {error}") from None
+
+
+def _corrections(
+    store: LocalStore, plan: Plan, reusable: list[AttentionModule], dtype: torch.dtype
+) -> Corrections:
+    wanted = {
+        (source, found.index)
+        for source, part in plan.sources.items()
+        for found in reusable
+        if found.index in part.corrected
+    }
+    if not wanted:
+        return {}
+    data = store.artifact("corrections")
+    if data is None:
+        raise StoreError(
+            "the plan uses corrections, and the store has none; run attncache calibrate"
+        )
+    attention, device = reusable[0].attention, _device(reusable)
+    try:
+        every = corrections_from_bytes(
+            data, attention.num_heads, attention.num_kv_heads, attention.head_size
+        )
+        return {key: every[key].to(device, dtype) for key in wanted}
+    except (ValueError, KeyError) as error:
+        raise StoreDamaged(f"the store's corrections cannot be used: {error}") from None
 
 
 def _count_bypass(reason: str, outcomes: metrics.Outcomes, source: compat.MetadataSource) -> None:
@@ -204,6 +295,30 @@ def _attach_recording(
     logger.info("attncache: recording layers %s into %s", settings.record.layers, settings.store)
 
 
+def _attach_calibration(
+    modules: list[AttentionModule],
+    vllm_config: VllmConfig,
+    settings: Settings,
+    namespace: Namespace,
+) -> None:
+    from attncache_vllm.engine import calibrate, ops
+
+    with LocalStore.open(settings.store, namespace=namespace) as store:
+        feature = _feature_module(modules, Plan.from_dict(store.plan).feature_layer)
+    reaches = reaches_of(modules, vllm_config, namespace.num_layers)
+    # A step begins at the feature layer: nothing before it is served.
+    layers = [
+        found
+        for found in modules
+        if reaches[found.index].skips != "nothing" and found.index >= feature.index
+    ]
+    calibrator = calibrate.Calibrator(feature.name, layers)
+    for found in layers:
+        found.attention.attncache_scores = calibrate.CalibrateScores(found, calibrator)
+    ops.observe_input(feature, calibrator.observe)
+    calibrate.activate(calibrator)
+
+
 def _open_for_recording(path: Path, record: RecordSettings, namespace: Namespace) -> LocalStore:
     if not (path / MANIFEST_NAME).exists():
         return LocalStore.create(path, namespace, record.model_dump(mode="json"))
@@ -220,16 +335,41 @@ def _check_begun_with(manifest: Manifest, record: RecordSettings) -> None:
         )
 
 
-def _effective_plan(store: LocalStore, settings: Settings) -> Plan:
-    plan = Plan.from_dict(store.plan)
-    if settings.max_distance is None:
+def effective_plan(store: LocalStore, settings: Settings) -> Plan:
+    """The store's plan, or the one that the settings name, with the gate that they set.
+
+    Raises:
+        SettingsError: the file cannot be read, or its plan is of another model.
+        StoreError: the store's plan is of another model.
+    """
+    plan, num_layers = Plan.from_dict(store.plan), store.manifest.namespace.num_layers
+    if plan.num_layers != num_layers:
+        raise StoreError(
+            f"a plan must be for the model's {num_layers} layers, got {plan.num_layers}; "
+            "build the store again"
+        )
+    if settings.plan is not None:
+        plan = _read_plan(settings.plan)
+        if plan.num_layers != num_layers:
+            raise SettingsError(
+                f"the plan {str(settings.plan)!r} must be for the model's {num_layers} layers, "
+                f"got {plan.num_layers}"
+            )
+    nearest = plan.sources.get("neighbour")
+    if settings.max_distance is None or nearest is None:
         return plan
-    return dataclasses.replace(
-        plan,
-        layers=tuple(
-            dataclasses.replace(layer, max_distance=settings.max_distance) for layer in plan.layers
-        ),
-    )
+    gated = dataclasses.replace(nearest, gate=settings.max_distance)
+    return dataclasses.replace(plan, sources={**plan.sources, "neighbour": gated})
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise SettingsError(
+            f"the plan must be a JSON file as `attncache inspect --plan` prints it, got "
+            f"{str(path)!r}: {error}"
+        ) from None
 
 
 def _feature_module(modules: list[AttentionModule], index: int) -> AttentionModule:
@@ -240,6 +380,11 @@ def _feature_module(modules: list[AttentionModule], index: int) -> AttentionModu
         f"the feature layer must be an attention layer of the model, got {index!r}; it has "
         f"{[found.index for found in modules]!r}"
     )
+
+
+def _device(modules: list[AttentionModule]) -> torch.device:
+    parameter: torch.Tensor = next(modules[0].module.parameters())
+    return parameter.device
 
 
 def _hidden_size(vllm_config: VllmConfig) -> int:

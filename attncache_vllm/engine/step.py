@@ -4,36 +4,77 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.errors import StoreTimeout
+from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.match import Match
-from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.plan import Source
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sequence:
-    """A whole sequence in a batch: its row, the position of its first token, its length."""
+    """A whole sequence in a batch: its row, the position of its first token, its length, and its
+    token ids int32 ``[length]`` if they are known."""
 
     row: int
     start: int
     length: int
+    token_ids: np.ndarray | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Served:
+    """What serves a sequence in one layer.
+
+    Attributes:
+        source: where the map is from.
+        maps: of the KV groups that the plan names, decoded and in memory.
+        alignment: which stored row serves which row; None lays the map over the sequence from the
+            left.
+    """
+
+    source: Source
+    maps: RowBlocks
+    alignment: Alignment | None = None
+
+    @property
+    def all_heads(self) -> bool:
+        """Whether every head of the layer is served."""
+        return len(self.maps.groups) == self.maps.layout.num_kv_heads
+
+    @property
+    def whole(self) -> bool:
+        """Whether no head and no row of the layer needs a query."""
+        return self.all_heads and self.alignment is None
+
+    @property
+    def heads(self) -> list[int]:
+        """The query heads that are served."""
+        size = self.maps.layout.group
+        return [group * size + member for group in self.maps.groups for member in range(size)]
+
+    def rows_reused(self, length: int) -> int:
+        """Rows of the layer's maps that are not computed, over its KV groups."""
+        rows = length if self.alignment is None else len(self.alignment.rows)
+        return rows * len(self.maps.groups)
+
+
+@dataclass(frozen=True, eq=False)
 class Hit:
-    """A match with its maps, decoded and in memory. ``maps`` is keyed by layer."""
+    """What serves a sequence: by layer, and the source it is counted under."""
 
-    match: Match
-    maps: dict[int, RowBlocks]
+    source: Source
+    served: Mapping[int, Served]
 
 
 @dataclass(frozen=True)
@@ -84,13 +125,29 @@ def prompts_of(source: compat.MetadataSource) -> Prompts:
     whole, ending = [], 0
     for row, (start, stop) in enumerate(pairwise(starts)):
         context, computed = contexts[row], contexts[row] - (stop - start)
-        # Unknown prompt lengths: an engine that may part prompts is bypassed then.
-        length = source.prompt_lengths[row] if source.prompt_lengths else context
-        if stop - start == length == context > 0:
-            whole.append(Sequence(row, start, length))
-        elif source.prompt_lengths and computed < length <= context:
+        # Unknown prompts: an engine that may part them is bypassed then.
+        prompt = source.prompts[row] if source.prompts else compat.Prompt(context)
+        if stop - start == prompt.length == context > 0:
+            whole.append(Sequence(row, start, context, prompt.token_ids))
+        elif source.prompts and computed < prompt.length <= context:
             ending += 1
     return Prompts(whole, ending)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of the sequences of a step: ``hits`` are served, ``canaries`` are computed
+    exactly and compared with what would have served them. Both by row of the batch."""
+
+    hits: Mapping[int, Hit]
+    canaries: Mapping[int, Hit]
+
+
+# Of what the lookup found for each sequence and, if that is nothing for a reason of its own, the
+# reason.
+Decide = Callable[[list[Sequence], list[Hit | None], str | None], Decision]
+# Whether a layer is exact although something would serve it, because of its canaries.
+Tripped = Callable[[int, Source], bool]
 
 
 class Step:
@@ -98,36 +155,35 @@ class Step:
 
     def __init__(
         self,
-        plan: Plan,
         sequences: list[Sequence],
         lookup: Future[list[Hit | None]] | None,
         deadline: float,
-        outcomes: metrics.Outcomes,
+        decide: Decide,
+        tripped: Tripped,
+        reason: str | None = None,
     ) -> None:
-        """``sequences`` are those looked up, in the order of ``lookup``'s result; ``deadline`` is
-        an instant of ``time.monotonic()``."""
-        self._plan = plan
+        """``lookup``'s result has the order of ``sequences``; None if nothing was looked up, for
+        ``reason`` if it should have been. ``deadline`` is an instant of ``time.monotonic()``."""
         self._sequences = sequences
         self._lookup = lookup
         self._deadline = deadline
-        self._outcomes = outcomes
-        self._hits: dict[int, Hit] | None = None
+        self._decide = decide
+        self._tripped = tripped
+        self._reason = reason
+        self._decision: Decision | None = None
         self._splits: dict[tuple[int, tuple[int, ...]], Split] = {}
 
-    def maps_for(self, layer: int) -> dict[int, RowBlocks]:
-        """Maps that this layer reuses, by row of the batch. The first call awaits the lookup."""
-        if self._hits is None:
-            self._hits = self._await_lookup()
-        gate = self._plan.layers[layer].max_distance
-        return {
-            row: hit.maps[layer]
-            for row, hit in self._hits.items()
-            if layer in hit.maps and hit.match.distance <= gate
-        }
+    def served(self, layer: int) -> dict[int, Served]:
+        """What serves the hits in this layer, by row. The first call awaits the lookup."""
+        return self._in_layer(layer, self._decided().hits)
 
-    def split(self, layer_name: str, hit_rows: tuple[int, ...]) -> Split:
-        """Part the batch; layers that share metadata and hits share the result."""
-        attn_metadata = compat.layer_metadata(layer_name)
+    def canaries(self, layer: int) -> dict[int, Served]:
+        """What would have served the canaries in this layer, by row."""
+        return self._in_layer(layer, self._decided().canaries)
+
+    def split(self, attn_metadata: Any, hit_rows: tuple[int, ...]) -> Split:
+        """Part a batch; ``hit_rows`` are rows of its own. Layers that share metadata and hits
+        share the result."""
         key = (id(attn_metadata), hit_rows)
         if key not in self._splits:
             source = compat.metadata_source(attn_metadata)
@@ -135,27 +191,29 @@ class Step:
             self._splits[key] = split_batch(source, set(hit_rows))
         return self._splits[key]
 
-    def _await_lookup(self) -> dict[int, Hit]:
+    def _in_layer(self, layer: int, hits: Mapping[int, Hit]) -> dict[int, Served]:
+        served = {row: hit.served[layer] for row, hit in hits.items() if layer in hit.served}
+        return {row: item for row, item in served.items() if not self._tripped(layer, item.source)}
+
+    def _decided(self) -> Decision:
+        if self._decision is None:
+            found, reason = self._await_lookup()
+            self._decision = self._decide(self._sequences, found, reason)
+        return self._decision
+
+    def _await_lookup(self) -> tuple[list[Hit | None], str | None]:
+        nothing: list[Hit | None] = [None] * len(self._sequences)
         if self._lookup is None:
-            return {}
+            return nothing, self._reason
         started = time.monotonic()
         try:
-            found = self._lookup.result(timeout=max(0.0, self._deadline - started))
+            return self._lookup.result(timeout=max(0.0, self._deadline - started)), None
         except FutureTimeout:
-            self._outcomes.miss("late", len(self._sequences))
-            return {}
+            return nothing, "late"
         except Exception as error:  # a request never fails because of the cache
-            reason = "late" if isinstance(error, StoreTimeout) else "store fault"
-            self._outcomes.miss(reason, len(self._sequences))
-            return {}
+            return nothing, "late" if isinstance(error, StoreTimeout) else "store fault"
         finally:
             metrics.WAIT_SECONDS.observe(time.monotonic() - started)
-        hits = {
-            seq.row: hit for seq, hit in zip(self._sequences, found, strict=True) if hit is not None
-        }
-        self._outcomes.hit(len(hits))
-        self._outcomes.miss("nothing close enough", len(found) - len(hits))
-        return hits
 
 
 def split_batch(source: compat.MetadataSource, hit_rows: set[int]) -> Split:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention maps as dense row blocks, and their product with the values of a sequence.
+"""Attention maps as dense row blocks, and what a sequence takes from the map of another.
 
 A causal map is a lower triangle. Cut into about four row blocks, each holding only the columns
 its rows can see, 62.5 % of the square is multiplied; smaller tiles skip more zeros but cost more
@@ -15,11 +15,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.layout import MapLayout, Mask
 
 _CAUSAL_BLOCKS = 4
 _MIN_ROWS = 64
 _ROW_MULTIPLE = 32
+# Columns beside the values that count what a row keeps: one is used, eight keep the rows aligned.
+_KEPT_COLUMNS = 8
+_LEAST_KEPT = 2.0**-100
 
 
 def block_bounds(mask: Mask, length: int) -> list[tuple[int, int]]:
@@ -40,13 +44,19 @@ def block_bounds(mask: Mask, length: int) -> list[tuple[int, int]]:
     return list(zip(edges, [*edges[1:], length], strict=True))
 
 
+def kv_index(groups: tuple[int, ...]) -> slice | list[int]:
+    """What selects these KV heads: a slice, which copies nothing, where they lie side by side."""
+    first, last = groups[0], groups[-1]
+    return slice(first, last + 1) if last - first + 1 == len(groups) else list(groups)
+
+
 @dataclass(frozen=True)
 class RowBlock:
     """Rows `start:stop` of a map and the columns `first:last`, which hold all that they can see.
 
     Attributes:
-        probs: `[KV, G, stop - start, last - first]` bfloat16, contiguous, zero where the mask
-            hides.
+        probs: `[len(groups), G, stop - start, last - first]` bfloat16, contiguous, zero where the
+            mask hides.
     """
 
     start: int
@@ -58,43 +68,63 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """The map of one layer of one sequence of `length` tokens, blocks in row order."""
+    """The map of one layer of one sequence of `length` tokens.
+
+    Attributes:
+        groups: the KV heads whose query heads it holds, ascending.
+        blocks: in row order.
+        lse: `[len(groups) * G, length]` float32, the log-sum-exp of each row's scaled, capped and
+            masked scores; None for a map that comes from no single sequence.
+    """
 
     layout: MapLayout
     length: int
+    groups: tuple[int, ...]
     blocks: tuple[RowBlock, ...]
+    lse: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the probabilities."""
-        return sum(block.probs.nbytes for block in self.blocks)
+        """Bytes held by the probabilities and the log-sum-exps."""
+        held = sum(block.probs.nbytes for block in self.blocks)
+        return held if self.lse is None else held + self.lse.nbytes
 
     def to(self, device: torch.device) -> RowBlocks:
         """The same map on ``device``; itself where it is there already."""
         return replace(
-            self, blocks=tuple(replace(b, probs=b.probs.to(device)) for b in self.blocks)
+            self,
+            blocks=tuple(replace(b, probs=b.probs.to(device)) for b in self.blocks),
+            lse=None if self.lse is None else self.lse.to(device),
         )
 
     def to_dense(self) -> Tensor:
-        """The map as `[num_heads, length, length]` bfloat16 (a copy; for tests and reports)."""
-        dense = torch.zeros(self.layout.num_heads, self.length, self.length, dtype=torch.bfloat16)
+        """The map as `[num_heads, length, length]` bfloat16, zero in the heads it does not hold.
+
+        A copy, for tests and reports.
+        """
+        size = self.length
+        groups = torch.zeros(
+            self.layout.num_kv_heads, self.layout.group, size, size, dtype=torch.bfloat16
+        )
+        held = kv_index(self.groups)
         for block in self.blocks:
             rows, columns = slice(block.start, block.stop), slice(block.first, block.last)
-            dense[:, rows, columns] = block.probs.flatten(0, 1)
-        return dense
+            groups[held, :, rows, columns] = block.probs.cpu()
+        return groups.flatten(0, 1)
 
 
 def apply_map(maps: RowBlocks, value: Tensor, out: Tensor) -> None:
-    """Write `map @ value` of every head into `out`, as attention would.
+    """Write `map @ value` of the heads that `maps` holds into `out`, as attention would.
 
     A query shorter than a causal map uses its leading block: row `i` depends on the tokens `0..i`
     only, so that block is the exact map of the prefix, with and without a window. A bidirectional
-    map serves its own length only; `crop` makes a shorter one.
+    map serves its own length only.
 
     Args:
         maps: map of a sequence of `L` tokens, or of at least `L` if it is causal.
         value: `[L, KV, d]`, any float dtype; the product is computed in this dtype.
-        out: `[L, KV * G * d]`, overwritten; query head `h = kv * G + g` at `h * d:(h + 1) * d`.
+        out: `[L, KV * G * d]`; query head `h = kv * G + g` is written to `h * d:(h + 1) * d` where
+            `maps.groups` holds `kv`, and left as it is elsewhere.
 
     Raises:
         ValueError: a shape does not fit the map, or the map does not serve the length.
@@ -110,72 +140,186 @@ def apply_map(maps: RowBlocks, value: Tensor, out: Tensor) -> None:
     if not shortest <= length <= maps.length:
         raise ValueError(
             f"a {layout.mask} map of {maps.length} tokens serves {shortest} to {maps.length} "
-            f"tokens, got {length!r}; match only entries that are long enough, and crop a "
-            "bidirectional one"
+            f"tokens, got {length!r}; match only entries that are long enough"
         )
     if out.shape != (length, layout.num_heads * head_size):
         raise ValueError(
             f"out must be [{length}, {layout.num_heads * head_size}], got {tuple(out.shape)!r}; "
             "allocate one row per token and head_size columns per query head"
         )
+    heads = kv_index(maps.groups)
     out_heads = out.view(length, num_kv_heads, layout.group, head_size).permute(1, 2, 0, 3)
-    value_heads = value.transpose(0, 1)
+    value_heads = value.transpose(0, 1)[heads]
     for block in maps.blocks:
         if block.start >= length:
             break
         stop, last = min(block.stop, length), min(block.last, length)
-        # A view, except in the one block that `length` cuts short.
-        probs = block.probs[:, :, : stop - block.start, : last - block.first]
-        # The heads of a KV group are rows of one product, so no value is repeated.
-        product = torch.bmm(
-            probs.reshape(num_kv_heads, -1, last - block.first).to(value.dtype),
-            value_heads[:, block.first : last],
-        )
-        out_heads[:, :, block.start : stop] = product.view(
-            num_kv_heads, layout.group, -1, head_size
-        )
+        product = _product(block, stop, last, value_heads)
+        out_heads[heads, :, block.start : stop] = product
 
 
-def crop(maps: RowBlocks, length: int) -> RowBlocks:
-    """The leading `length` x `length` block of a bidirectional map, each row scaled to sum 1 again.
+def apply_aligned(
+    maps: RowBlocks,
+    alignment: Alignment,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    soft_cap: float | None,
+    out: Tensor,
+) -> None:
+    """Write the attention of the heads that `maps` holds into `out`, as far as the map is known.
 
-    That is the softmax over the columns that are left, an approximation of the map of the prefix,
-    whose tokens never saw the rest. It is computed in float32 and rounded to bfloat16. A row of
-    which nothing is left (less than 1.2e-38) is spread evenly over the columns it can see.
+    Rows with a counterpart take the scores of their pairs with counterparts from the map; all other
+    scores are computed. With `P` the map, `lse` its log-sum-exps, `e(i)` the counterpart of row
+    `i`, `K` the columns with one, `F` the fresh columns, `s` the scores, and only columns that the
+    mask shows:
 
-    A causal map is returned as it is: it holds the exact maps of its prefixes (see `apply_map`).
-    So is any map that has the length already.
+        kept_i = sum of P[e(i), e(j)] over j in K
+        mass_i = exp(lse[e(i)]) * kept_i + sum of exp(s[i, f]) over f in F
+        out_i  = (exp(lse[e(i)]) * sum of P[e(i), e(j)] v_j over j in K
+                  + sum of exp(s[i, f]) v_f over f in F) / mass_i
+
+    This is the merge of two partial softmaxes by their log-sum-exps (FlashInfer, arXiv 2501.01005,
+    attention composition): if the stored scores are those of the sequence, it is its attention.
+    What the entry's row gave to columns without a counterpart is gone, and the rest is scaled up.
+    A row that kept less than 2^-100 is taken to have kept that much, on itself: it answers from the
+    fresh columns and, as far as those weigh less still, from its own value. Fresh rows are
+    computed exactly, and so, by construction, are the rows of a common prefix of a causal map.
+
+    Scores and merge are float32, products are computed in the dtype of `value`.
+
+    Args:
+        maps: map of the entry, with its log-sum-exps.
+        alignment: of the sequence's `L` tokens with the entry's.
+        query: `[L, H, d]`, after the position encoding, any float dtype.
+        key: `[L, KV, d]`, likewise.
+        value: `[L, KV, d]`, any float dtype.
+        scale: factor on the scores, usually `d ** -0.5`.
+        soft_cap: see `exact_map`.
+        out: `[L, H * d]`, see `apply_map`; every row is written.
 
     Raises:
-        ValueError: `length` is not in `1..maps.length`.
+        ValueError: a shape does not fit map or alignment, the map has no log-sum-exps, the cap is
+            not a finite number above 0, or a window hides part of the sequence or the entry: then
+            which columns a row sees is not the same for both.
     """
-    if not 1 <= length <= maps.length:
+    _check_aligned(maps, alignment, query, key, value, out)
+    if maps.lse is None:
         raise ValueError(
-            f"a map of {maps.length} tokens can be cropped to 1 to {maps.length}, got {length!r}; "
-            "match only entries at least as long as the query"
+            "an aligned map must have log-sum-exps, got None; take the map of a stored entry, "
+            "templates have none"
         )
-    mask = maps.layout.mask
-    if mask.causal or length == maps.length:
-        return maps
-    blocks = []
+    mask, length, head_size = maps.layout.mask, alignment.length, value.shape[2]
+    if alignment.prefix == length and (mask.causal or maps.length == length):
+        apply_map(maps, value, out)
+        return
+    held = kv_index(maps.groups)
+    split = (length, maps.layout.num_kv_heads, maps.layout.group, head_size)
+    queries = query.view(split).permute(1, 2, 0, 3)[held]
+    keys, values = key.transpose(0, 1)[held], value.transpose(0, 1)[held]
+    rows, entry_rows, fresh = (
+        torch.from_numpy(positions).to(value.device)
+        for positions in (alignment.rows, alignment.entry_rows, alignment.fresh)
+    )
+
+    def scores_of(some: Tensor, columns: Tensor) -> Tensor:
+        """`[n, G, rows, columns]` float32, minus infinity where the mask hides."""
+        picked = queries.index_select(2, some)
+        scores = _scores(picked.flatten(1, 2), keys.index_select(1, columns), scale, soft_cap)
+        scores = scores.view(*picked.shape[:3], len(columns))
+        return scores.masked_fill_(some[:, None] < columns, -math.inf) if mask.causal else scores
+
+    answer = values.new_empty(queries.shape)
+    columns = torch.arange(length, device=value.device)
+    answer[:, :, fresh] = _mix(scores_of(fresh, columns).softmax(-1), values)
+    if len(rows):
+        total, kept = _kept(maps, values, rows, entry_rows, int(alignment.entry_rows[-1]))
+        # Rows in the common prefix of a causal map see exactly the tokens their counterparts saw.
+        known = alignment.prefix if mask.causal else 0
+        answer[:, :, :known] = total[:, :, :known].to(value.dtype)
+        rows, total, kept = rows[known:], total[:, :, known:], kept[:, :, known:]
+        lse = maps.lse.view(*queries.shape[:2], maps.length).index_select(2, entry_rows[known:])
+        # All that is kept of the stored row is one more column beside the fresh ones.
+        scores = torch.cat([scores_of(rows, fresh), (lse + kept.log()).unsqueeze(-1)], dim=-1)
+        weights = scores.softmax(-1)
+        total = total * (weights[..., -1] / kept).unsqueeze(-1)
+        total += _mix(weights[..., :-1], values.index_select(1, fresh))
+        answer[:, :, rows] = total.to(value.dtype)
+    out.view(split).permute(1, 2, 0, 3)[held] = answer
+
+
+def _check_aligned(
+    maps: RowBlocks, alignment: Alignment, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+) -> None:
+    layout, length, window = maps.layout, alignment.length, maps.layout.mask.window
+    if alignment.entry_length != maps.length:
+        raise ValueError(
+            f"the alignment must be with an entry of the map's {maps.length} tokens, got "
+            f"{alignment.entry_length!r}; align with the tokens of the map's own entry"
+        )
+    if window is not None and window < max(length, maps.length):
+        raise ValueError(
+            f"a window must cover the sequence's {length} tokens and the entry's {maps.length}, "
+            f"got {window!r}; compute the layer exactly"
+        )
+    if value.ndim != 3 or value.shape[:2] != (length, layout.num_kv_heads):
+        raise ValueError(
+            f"value must be [{length}, {layout.num_kv_heads}, d] for this map and alignment, "
+            f"got {tuple(value.shape)!r}; pass one whole sequence of the same model"
+        )
+    head_size = value.shape[2]
+    expected = (length, layout.num_heads, head_size)
+    if query.shape != expected or key.shape != value.shape:
+        raise ValueError(
+            f"query must be {expected!r} and key {tuple(value.shape)!r} beside this value, got "
+            f"{tuple(query.shape)!r} and {tuple(key.shape)!r}; pass one whole sequence"
+        )
+    if out.shape != (length, layout.num_heads * head_size):
+        raise ValueError(
+            f"out must be [{length}, {layout.num_heads * head_size}], got {tuple(out.shape)!r}; "
+            "allocate one row per token and head_size columns per query head"
+        )
+
+
+def _kept(
+    maps: RowBlocks, values: Tensor, rows: Tensor, entry_rows: Tensor, last_row: int
+) -> tuple[Tensor, Tensor]:
+    """What the entry's rows give to columns with a counterpart: the sums of `P v` and of `P`.
+
+    The values are put in the entry's order, zero where its token has no counterpart, so that the
+    map is multiplied as it lies. A column of ones beside them sums `P` in the same product: what is
+    kept is not the small difference of two rounded numbers, however little it is.
+
+    Args:
+        values: `[n, L, d]`, of the KV heads that the map holds.
+        rows, entry_rows: `[M]`, see `Alignment`.
+        last_row: the last of the entry's rows; no block after it is multiplied.
+
+    Returns:
+        `[n, G, M, d]` and `[n, G, M]` float32.
+    """
+    head_size = values.shape[2]
+    placed = values.new_zeros(len(values), maps.length, head_size + _KEPT_COLUMNS)
+    matched = values.index_select(1, rows)
+    placed[:, entry_rows, :head_size] = matched
+    placed[:, entry_rows, head_size] = 1
+    products = placed.new_empty(len(values), maps.layout.group, *placed.shape[1:])
     for block in maps.blocks:
-        if block.start >= length:
+        if block.start > last_row:
             break
-        stop, last = min(block.stop, length), min(block.last, length)
-        probs = block.probs[:, :, : stop - block.start, : last - block.first].float()
-        total = probs.sum(-1, keepdim=True)
-        lost = total < torch.finfo(torch.float32).tiny
-        probs /= total.masked_fill(lost, 1)
-        for kv_head, member, row, _ in lost.nonzero().tolist():
-            seen = slice(*(c - block.first for c in mask.columns(block.start + row, length)))
-            probs[kv_head, member, row, seen] = 1 / (seen.stop - seen.start)
-        blocks.append(RowBlock(block.start, stop, block.first, last, probs.bfloat16()))
-    return RowBlocks(maps.layout, length, tuple(blocks))
+        products[:, :, block.start : block.stop] = _product(block, block.stop, block.last, placed)
+    picked = products.index_select(2, entry_rows).float()
+    total, kept = picked[..., :head_size], picked[..., head_size]
+    lost = (kept < _LEAST_KEPT).unsqueeze(-1)
+    if lost.any():
+        total = torch.where(lost, _LEAST_KEPT * matched.unsqueeze(1).float(), total)
+    return total, kept.clamp_min(_LEAST_KEPT)
 
 
-def exact_probs(
+def exact_map(
     query: Tensor, key: Tensor, scale: float, mask: Mask, soft_cap: float | None = None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention probabilities, `softmax(cap(scale * query @ key^T))`, for recording.
 
     Args:
@@ -187,7 +331,8 @@ def exact_probs(
             `cap(s) = soft_cap * tanh(s / soft_cap)`; None leaves them as they are.
 
     Returns:
-        `[H, L, L]` float32, rows sum to 1, zero where the mask hides.
+        The probabilities, `[H, L, L]` float32, rows sum to 1, zero where the mask hides; and each
+        row's log-sum-exp of its visible scores, `[H, L]` float32.
 
     Raises:
         ValueError: the shapes disagree, or the cap is not a finite number above 0.
@@ -197,17 +342,42 @@ def exact_probs(
             "query and key must be [L, heads, d] with equal L and d, "
             f"got {tuple(query.shape)!r} and {tuple(key.shape)!r}; pass one whole sequence"
         )
+    length, num_heads, head_size = query.shape
+    group = MapLayout(num_heads, key.shape[1], mask).group
+    rows = query.transpose(0, 1).reshape(-1, group * length, head_size)
+    scores = _scores(rows, key.transpose(0, 1), scale, soft_cap).view(num_heads, length, length)
+    scores.masked_fill_(~mask.visible(length, query.device), float("-inf"))
+    lse = scores.logsumexp(-1)
+    return scores.sub_(lse.unsqueeze(-1)).exp_(), lse
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """`cap(scale * query @ key^T)`: `[n, R, d]` and `[n, C, d]` to `[n, R, C]`, in float32."""
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(
             f"soft_cap must be a finite number above 0, got {soft_cap!r}; None is no cap"
         )
-    length, num_heads, head_size = query.shape
-    group = MapLayout(num_heads, key.shape[1], mask).group
-    # As in apply_map, the query heads of a KV group are rows of one product.
-    rows = query.float().transpose(0, 1).reshape(-1, group * length, head_size)
-    scores = torch.bmm(rows, key.float().permute(1, 2, 0)).view(num_heads, length, length)
+    scores = torch.bmm(query.float(), key.float().transpose(1, 2))
     if soft_cap is None:
-        scores.mul_(scale)
-    else:
-        scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap)
-    return scores.masked_fill_(~mask.visible(length, query.device), float("-inf")).softmax(-1)
+        return scores.mul_(scale)
+    return scores.mul_(scale / soft_cap).tanh_().mul_(soft_cap)
+
+
+def _product(block: RowBlock, stop: int, last: int, value: Tensor) -> Tensor:
+    """Rows `block.start:stop` times `value` `[n, tokens, d]` up to column `last`: `[n, G, R, d]`.
+
+    The heads of a KV group are rows of one product, so no value is repeated.
+    """
+    # A view, except in the one block that is cut short.
+    probs = block.probs[:, :, : stop - block.start, : last - block.first]
+    groups, group, rows, columns = probs.shape
+    product = torch.bmm(
+        probs.reshape(groups, -1, columns).to(value.dtype), value[:, block.first : last]
+    )
+    return product.view(groups, group, rows, value.shape[2])
+
+
+def _mix(weights: Tensor, values: Tensor) -> Tensor:
+    """`weights` `[n, G, R, C]` times `values` `[n, C, d]`, in the dtype of `values`."""
+    product = torch.bmm(weights.flatten(1, 2).to(values.dtype), values)
+    return product.view(*weights.shape[:3], values.shape[2])

@@ -1,108 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which layers reuse a stored map, and how close the match must be."""
+"""Which KV groups of which layers take a map that was not computed, from where, and when."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-Source = Literal["exact", "cached"]
+Source = Literal["aligned", "prefix", "neighbour", "template"]
+
+# A sequence is served from an entry that shares its tokens, else from one whose feature is near,
+# else from templates.
+#   aligned    rows whose token has a counterpart in the entry; the others are computed
+#   prefix     rows of the common prefix only, in layers that are not `aligned`: in a causal model
+#              they are exact by construction
+#   neighbour  the entry with the nearest feature (AttnCache, arXiv 2510.25979)
+#   template   the mean map of a corpus, which serves any text
+SOURCES: tuple[Source, ...] = get_args(Source)
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """Where one layer takes its map from.
+class SourcePlan:
+    """What one source serves.
 
     Attributes:
-        source: `exact` computes the map, `cached` takes it from a match.
-        max_distance: largest feature distance (L2) at which a `cached` layer takes the match;
-            an `exact` layer does not read it.
-        crop: whether a longer bidirectional map may serve, cropped and scaled to row sums of 1.
-            A causal layer does not read it: its maps hold those of their prefixes exactly.
+        groups: per layer, the KV heads whose query heads take their maps from the source,
+            ascending; empty where the layer is exact.
+        gate: `aligned`: largest novelty (see `Alignment.novelty`); `neighbour`: largest feature
+            distance (L2); `prefix` and `template` have no gate and do not read it.
+        corrected: layers whose served heads pass a fitted linear correction, ascending.
+        errors: per layer mean and standard deviation of the relative error of a text's served
+            heads when the layer's input is exact, as calibration measured it; canaries compare
+            with it. Empty where nothing was measured.
 
     Raises:
-        ValueError: the source is unknown, the gate is not a finite number >= 0, or crop is not a
-            bool.
+        ValueError: numbers out of order or range, or a corrected layer that serves nothing.
     """
 
-    source: Source
-    max_distance: float = 0.0
-    crop: bool = False
+    groups: tuple[tuple[int, ...], ...]
+    gate: float = 0.0
+    corrected: tuple[int, ...] = ()
+    errors: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.source not in get_args(Source):
+        for layer, groups in enumerate(self.groups):
+            if not _ascending(groups):
+                raise ValueError(
+                    f"the KV groups of layer {layer} must be different numbers from 0 in "
+                    f"ascending order, got {groups!r}; calibrate again or correct the plan"
+                )
+        if not _ascending(self.corrected) or not set(self.corrected) <= set(self.layers):
             raise ValueError(
-                f"a layer's source must be one of {get_args(Source)}, got {self.source!r}; "
-                "calibrate again or correct the plan"
+                f"corrected layers must be layers that serve, {self.layers!r}, in ascending order, "
+                f"got {self.corrected!r}; calibrate again or correct the plan"
             )
-        gate = self.max_distance
-        if (
-            isinstance(gate, bool)
-            or not isinstance(gate, int | float)
-            or not 0 <= gate <= sys.float_info.max
+        if not _is_measure(self.gate):
+            raise ValueError(
+                f"a gate must be a finite number >= 0, got {self.gate!r}; "
+                "0 accepts only what is as close as can be"
+            )
+        object.__setattr__(self, "gate", float(self.gate))
+        if self.errors and (
+            len(self.errors) != len(self.groups)
+            or not all(len(pair) == 2 and all(map(_is_measure, pair)) for pair in self.errors)
         ):
             raise ValueError(
-                f"max_distance must be a finite number >= 0, got {gate!r}; "
-                "0 accepts identical features only"
+                "errors must be a mean and a standard deviation for each layer, finite and >= 0, "
+                f"got {self.errors!r}; calibrate again"
             )
-        object.__setattr__(self, "max_distance", float(gate))
-        if not isinstance(self.crop, bool):
-            raise ValueError(
-                f"crop must be true or false, got {self.crop!r}; false serves equal lengths only"
-            )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers of which at least one KV group is served, ascending."""
+        return tuple(layer for layer, groups in enumerate(self.groups) if groups)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The source and gate of every layer of a model.
+    """What every source serves in a model.
 
     Attributes:
-        feature_layer: layer whose input the feature is taken from; not after the first reused
-            layer, which needs the match.
-        layers: one `LayerPlan` per layer, in order.
+        feature_layer: layer whose input the feature is taken from, and at which the lookup starts;
+            not after the first layer that a source serves.
+        num_layers: layers of the model.
+        sources: those that serve something.
 
     Raises:
-        ValueError: no layers, or the feature layer does not exist or comes too late.
+        ValueError: no layers, a source that is unknown or of another number of layers, a layer
+            that is aligned and served from a prefix, or a feature layer that does not exist or
+            comes too late.
     """
 
     feature_layer: int
-    layers: tuple[LayerPlan, ...]
+    num_layers: int
+    sources: Mapping[Source, SourcePlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ValueError(f"a plan must have at least one layer, got {self.layers!r}")
-        layer = self.feature_layer
-        if isinstance(layer, bool) or not isinstance(layer, int):
-            raise ValueError(f"feature_layer must be an integer, got {layer!r}; 0 is the first")
-        last = len(self.layers) - 1 if self.first_reused is None else self.first_reused
-        if not 0 <= layer <= last:
+        for name in ("num_layers", "feature_layer"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+        if self.num_layers < 1:
+            raise ValueError(f"a plan must have at least one layer, got {self.num_layers!r}")
+        for source, part in self.sources.items():
+            if source not in SOURCES:
+                raise ValueError(
+                    f"a source must be one of {SOURCES}, got {source!r}; "
+                    "calibrate again or correct the plan"
+                )
+            if len(part.groups) != self.num_layers or not part.layers:
+                raise ValueError(
+                    f"source {source!r} must list the KV groups of each of {self.num_layers} "
+                    f"layers and serve at least one, got {part.groups!r}; leave it out otherwise"
+                )
+        both = {"aligned", "prefix"} <= set(self.sources)
+        if both and set(self.sources["aligned"].layers) & set(self.sources["prefix"].layers):
+            raise ValueError(
+                f"a layer must not be both aligned, {self.sources['aligned'].layers!r}, and served "
+                f"from a prefix, got {self.sources['prefix'].layers!r}; what is aligned is served "
+                "from a prefix too"
+            )
+        last = self.reused_layers[0] if self.reused_layers else self.num_layers - 1
+        if not 0 <= self.feature_layer <= last:
             raise ValueError(
                 f"feature_layer must be in 0..{last}, not after the first reused layer, "
-                f"got {layer!r}; take the feature earlier or reuse later layers"
+                f"got {self.feature_layer!r}; take the feature earlier or reuse later layers"
             )
 
     @property
     def reused_layers(self) -> tuple[int, ...]:
-        """Indices of the `cached` layers, ascending."""
-        return tuple(i for i, layer in enumerate(self.layers) if layer.source == "cached")
-
-    @property
-    def first_reused(self) -> int | None:
-        """The first `cached` layer, None if every layer is exact."""
-        return next(iter(self.reused_layers), None)
+        """Layers that any source serves, ascending."""
+        return tuple(sorted({layer for part in self.sources.values() for layer in part.layers}))
 
     @classmethod
     def reusing(
         cls,
         num_layers: int,
+        num_kv_heads: int,
         layers: Iterable[int],
         max_distance: float,
         feature_layer: int = 0,
-        crop: bool = False,
     ) -> Plan:
-        """A plan that reuses `layers` (indices), all behind one gate and all cropping or none.
+        """The published rule: whole `layers` from the nearest entry, behind one gate.
 
         Raises:
             ValueError: a layer is not in `0..num_layers - 1`, or as for `Plan`.
@@ -113,28 +153,23 @@ class Plan:
                 f"reused layers must be in 0..{num_layers - 1}, got {sorted(unknown)!r}; "
                 "count the model's layers from 0"
             )
-        exact, cached = LayerPlan("exact"), LayerPlan("cached", max_distance, crop)
-        return cls(
-            feature_layer, tuple(cached if i in reused else exact for i in range(num_layers))
-        )
-
-    @classmethod
-    def last_third(
-        cls, num_layers: int, max_distance: float, feature_layer: int = 0, crop: bool = False
-    ) -> Plan:
-        """A plan that reuses the last third of the layers (at least one), the cheapest to lose.
-
-        Raises:
-            ValueError: as for `Plan`.
-        """
-        first = num_layers - max(1, num_layers // 3)
-        return cls.reusing(num_layers, range(first, num_layers), max_distance, feature_layer, crop)
+        every = tuple(range(num_kv_heads))
+        groups = tuple(every if layer in reused else () for layer in range(num_layers))
+        return cls(feature_layer, num_layers, {"neighbour": SourcePlan(groups, max_distance)})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain ints, floats, strings, lists and dicts; `from_dict` reads it back."""
+        sources = {}
+        for source, part in self.sources.items():
+            fields = asdict(part)
+            fields["groups"] = [list(groups) for groups in part.groups]
+            fields["corrected"] = list(part.corrected)
+            fields["errors"] = [list(pair) for pair in part.errors]
+            sources[source] = fields
         return {
             "feature_layer": self.feature_layer,
-            "layers": [asdict(layer) for layer in self.layers],
+            "num_layers": self.num_layers,
+            "sources": sources,
         }
 
     @classmethod
@@ -144,16 +179,52 @@ class Plan:
         Raises:
             ValueError: a key is missing or unknown, or a value has the wrong type or range.
         """
-        fields = _fields("a plan", data, {"feature_layer", "layers"})
-        if not isinstance(fields["layers"], list | tuple):
+        fields = _fields("a plan", data, {"feature_layer", "num_layers", "sources"})
+        if not isinstance(fields["sources"], Mapping):
             raise ValueError(
-                f"a plan's layers must be a list, got {fields['layers']!r}; give one per layer"
+                f"a plan's sources must be a mapping, got {fields['sources']!r}; "
+                "give each source that serves something"
             )
-        layers = [
-            LayerPlan(**_fields(f"layer {i} of a plan", layer, {"source", "max_distance", "crop"}))
-            for i, layer in enumerate(fields["layers"])
-        ]
-        return cls(fields["feature_layer"], tuple(layers))
+        sources = {}
+        for source, part in fields["sources"].items():
+            given = _fields(f"source {source!r}", part, {"groups", "gate", "corrected", "errors"})
+            sources[source] = SourcePlan(
+                tuple(_numbers("KV groups", item) for item in _list("groups", given["groups"])),
+                given["gate"],
+                _numbers("corrected layers", given["corrected"]),
+                tuple(tuple(_list("a layer's error", e)) for e in _list("errors", given["errors"])),
+            )
+        return cls(fields["feature_layer"], fields["num_layers"], sources)
+
+
+def last_third(num_layers: int) -> range:
+    """The last third of the layers (at least one), the cheapest to lose."""
+    return range(num_layers - max(1, num_layers // 3), num_layers)
+
+
+def _is_measure(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and 0 <= value <= sys.float_info.max
+    )
+
+
+def _ascending(numbers: tuple[int, ...]) -> bool:
+    return all(number >= 0 for number in numbers) and list(numbers) == sorted(set(numbers))
+
+
+def _list(what: str, value: object) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{what} must be a list, got {value!r}; correct the plan")
+    return value
+
+
+def _numbers(what: str, value: object) -> tuple[int, ...]:
+    numbers = _list(what, value)
+    if any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise ValueError(f"{what} must be integers, got {value!r}; correct the plan")
+    return tuple(numbers)
 
 
 def _fields(what: str, data: object, names: set[str]) -> Mapping[str, Any]:

@@ -6,9 +6,11 @@ from attncache_vllm.store.protocol import (
     MapStore,
     Namespace,
     Neighbour,
+    Overlap,
     Record,
     StoreStats,
     VerifyReport,
+    token_hash,
 )
 from attncache_vllm.store.records import MAX_LENGTH
 
@@ -18,7 +20,9 @@ __all__ = [
     "MapStore",
     "Namespace",
     "Neighbour",
+    "Overlap",
     "Record",
     "StoreStats",
     "VerifyReport",
+    "token_hash",
 ]

@@ -1,19 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entries of an open store: finding, checking and loading their records."""
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from attncache_vllm.errors import StoreDamaged, StoreError
 from attncache_vllm.store.index import raise_if_late
 from attncache_vllm.store.manifest import Entry, Segment
 from attncache_vllm.store.protocol import Record
-from attncache_vllm.store.records import Layout, assemble, check_section, read_layout
+from attncache_vllm.store.records import (
+    Layout,
+    assemble,
+    check_section,
+    read_layout,
+    sketch_of,
+    token_ids_of,
+)
 from attncache_vllm.store.segments import SegmentReader
 
 logger = logging.getLogger(__name__)
+
+# How many leading sections of a record must be sound before these may be read.
+_TOKEN_IDS, _SKETCH = 1, 2
 
 
 class EntryTable:
@@ -53,20 +67,20 @@ class EntryTable:
         Checksums are computed once per section. A call that runs late, which is a ``StoreTimeout``,
         has still checked one section more, so that repeated calls get there.
         """
-        if entry_id in self.damaged:
-            return None
-        try:
-            record, layout = self._view(entry_id)
-            for number, section in enumerate(layout.sections()):
-                if number >= self._checked.get(entry_id, 0):
-                    check_section(record, section)
-                    self._checked[entry_id] = number + 1
-                    raise_if_late(deadline)
-        except StoreDamaged as error:
-            self._mark_damaged(entry_id, str(error))
-            return None
-        raise_if_late(deadline)
-        return assemble(record, layout)
+        sound = self._sound(entry_id, deadline)
+        return None if sound is None else assemble(*sound)
+
+    def token_ids(self, entry_id: int, deadline: float) -> NDArray[np.int32] | None:
+        """As ``load``, but reads and checks the token ids only."""
+        sound = self._sound(entry_id, deadline, _TOKEN_IDS)
+        return None if sound is None else token_ids_of(*sound)
+
+    def sound_sketches(self) -> Iterator[NDArray[np.uint64]]:
+        """The sketch of every entry that is not damaged as far as it was read, in order."""
+        for entry_id in range(len(self.entries)):
+            sound = self._sound(entry_id, math.inf, _SKETCH)
+            if sound is not None:
+                yield sketch_of(*sound)
 
     def sound_records(self) -> Iterator[tuple[int, Record]]:
         """Entry id and record of every entry that is not damaged, in order."""
@@ -90,6 +104,25 @@ class EntryTable:
 
     def close(self) -> None:
         self._files.close()
+
+    def _sound(
+        self, entry_id: int, deadline: float, sections: int | None = None
+    ) -> tuple[memoryview, Layout] | None:
+        """A record of which the leading ``sections`` (all) are sound, else ``None``."""
+        if entry_id in self.damaged:
+            return None
+        try:
+            record, layout = self._view(entry_id)
+            for number, section in enumerate(itertools.islice(layout.sections(), sections)):
+                if number >= self._checked.get(entry_id, 0):
+                    check_section(record, section)
+                    self._checked[entry_id] = number + 1
+                    raise_if_late(deadline)
+        except StoreDamaged as error:
+            self._mark_damaged(entry_id, str(error))
+            return None
+        raise_if_late(deadline)
+        return record, layout
 
     def _view(self, entry_id: int) -> tuple[memoryview, Layout]:
         if not 0 <= entry_id < len(self.entries):

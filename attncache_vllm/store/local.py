@@ -3,42 +3,32 @@
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
-import numpy as np
-
-from attncache_vllm.errors import NamespaceMismatch, StoreDamaged, StoreError, StoreTimeout
+from attncache_vllm.errors import NamespaceMismatch, StoreDamaged, StoreError
 from attncache_vllm.store import checks
 from attncache_vllm.store import folder as folders
-from attncache_vllm.store.entries import EntryTable
 from attncache_vllm.store.index import Features
 from attncache_vllm.store.manifest import FILE_NAME, Entry, Manifest, sync_folder, write_atomic
-from attncache_vllm.store.protocol import (
-    Namespace,
-    Neighbour,
-    Record,
-    StoreStats,
-    VerifyReport,
-)
+from attncache_vllm.store.protocol import Namespace, Record
 from attncache_vllm.store.published import (
     Serving,
     load_published,
     read_consistently,
-    read_file,
+    write_artifacts,
     write_published,
 )
+from attncache_vllm.store.reader import StoreReader, unpublished
 from attncache_vllm.store.records import encode_record
 from attncache_vllm.store.segments import ROLL_BYTES, SegmentWriter
 
 logger = logging.getLogger(__name__)
 
 
-class LocalStore:
+class LocalStore(StoreReader):
     """A ``MapStore`` in a folder, for one writer and any number of readers.
 
     A reader sees the state committed last before it was opened. An entry id is the number of the
@@ -54,16 +44,10 @@ class LocalStore:
         lock: int | None = None,
     ) -> None:
         """Not for callers: use ``create`` or ``open``."""
-        self._folder = folder
-        self._manifest = manifest
-        self._serving = serving
+        segments = writer.segments if writer else manifest.segments
+        super().__init__(folder, manifest, serving, segments)
         self._writer = writer
         self._lock_file = lock
-        self._mutex = RLock()
-        self._table = self._table_of(manifest.entries)
-        self._damaged_files = int(serving.rebuilt) if serving else int(bool(manifest.published))
-        self._lookups = self._late = 0
-        self._closed = False
 
     @classmethod
     def create(
@@ -114,7 +98,8 @@ class LocalStore:
 
         Raises:
             StoreError: there is no store, a newer release wrote it, or it has a writer already.
-            StoreDamaged: its manifest, or (for reading) its features or projector are damaged.
+            StoreDamaged: its manifest, or (for reading) its features, sketches or projector are
+                damaged.
             NamespaceMismatch: it does not fit ``namespace``; the message lists the differences.
         """
         folder = Path(path)
@@ -137,81 +122,6 @@ class LocalStore:
             os.close(lock)
             raise
         return cls(folder, manifest, serving, writer, lock)
-
-    # -- reading ------------------------------------------------------------------------------
-
-    @property
-    def manifest(self) -> Manifest:
-        """The committed state; what was put since is not in it."""
-        return self._manifest
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The published plan; ``StoreError`` before the first calibration."""
-        self._require_serving()
-        assert self._manifest.published is not None
-        return self._manifest.published.plan
-
-    @property
-    def projector_bytes(self) -> bytes:
-        """The published projector; ``StoreError`` before the first calibration."""
-        return self._require_serving().projector
-
-    def lookup(
-        self,
-        features: Features,
-        lengths: Sequence[tuple[int, int]],
-        *,
-        neighbours: int,
-        deadline: float,
-    ) -> list[list[Neighbour]]:
-        """See ``MapStore``. Only published entries are found, and none known to be damaged."""
-        index = self._require_serving().index
-        with self._mutex:
-            self._lookups += 1
-        with self._counting_late():
-            return index.search(features, lengths, neighbours, deadline)
-
-    def load(self, entry_ids: Sequence[int], *, deadline: float) -> list[Record | None]:
-        """See ``MapStore``. Checksums are computed at an entry's first load and remembered."""
-        self._require_open()
-        with self._counting_late():
-            return [self._table.load(entry_id, deadline) for entry_id in entry_ids]
-
-    def has(self, token_hash: bytes) -> bool:
-        """Whether the sequence was put, committed or not."""
-        return self._table.id_of(token_hash) is not None
-
-    def records(self) -> Iterator[tuple[int, Record]]:
-        """Entry id and record of every sound entry, in order; damaged ones are skipped."""
-        self._require_open()
-        return self._table.sound_records()
-
-    def verify(self) -> VerifyReport:
-        """Read and check every byte again, whatever is remembered of earlier checks."""
-        self._require_open()
-        damaged = self._table.check_all()
-        problems = []
-        if (published := self._manifest.published) is not None:
-            for file in published.files():
-                try:
-                    read_file(self._folder, file)
-                except (StoreDamaged, OSError) as error:
-                    problems.append(f"{file.name}: {error}")
-        entries = len(self._table.entries)
-        rows = 0 if published is None else published.rows
-        return VerifyReport(entries, damaged, problems, unpublished=entries - rows)
-
-    def stats(self) -> StoreStats:
-        """See ``MapStore``. Entries and bytes include what is not committed yet."""
-        with self._mutex:
-            return StoreStats(
-                entries=len(self._table.entries),
-                bytes=sum(entry.size for entry in self._table.entries),
-                damaged=len(self._table.damaged) + self._damaged_files,
-                lookups=self._lookups,
-                late=self._late,
-            )
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -249,6 +159,7 @@ class LocalStore:
         report: dict[str, Any],
         features: Features,
         factory: str = "Flat",
+        artifacts: Mapping[str, bytes] | None = None,
     ) -> None:
         """Commit, together with what makes every entry findable, replacing what was published.
 
@@ -258,28 +169,29 @@ class LocalStore:
             report: how the training went; plain data, opaque to the store.
             features: float32 ``[entries, F]``, finite, row i that of entry i.
             factory: faiss index factory string.
+            artifacts: further files by name, opaque to the store; a name is letters from a to z.
 
         Raises:
             StoreError: there are damaged entries (drop them first), or an argument does not fit.
         """
         with self._mutex:
             self._require_writer()
+            sketches = list(self._table.sound_sketches())
             if damaged := sorted(self._table.damaged):
                 raise StoreError(
                     f"published entries must be sound, got damaged ones {damaged!r}; "
                     "call drop_damaged() first"
                 )
-            rows = len(self._table.entries)
-            if rows == 0 or features.ndim != 2 or len(features) != rows:
-                raise StoreError(
-                    f"features must be one row for each of {rows} (at least 1) entries, "
-                    f"got shape {features.shape!r}"
-                )
-            if not np.isfinite(features).all():
-                raise StoreError("features must be finite, got NaN or infinity; train again")
             with folders.storing(f"publish in {self._folder}"):
                 published = write_published(
-                    self._folder, plan, report, projector, features, factory
+                    self._folder,
+                    plan,
+                    report,
+                    projector,
+                    features,
+                    factory,
+                    sketches,
+                    artifacts or {},
                 )
             self._commit(replace(self._manifest, published=published))
             with folders.storing(f"publish in {self._folder}"):
@@ -287,10 +199,39 @@ class LocalStore:
                 self._serving = load_published(self._folder, self._manifest, published)
             self._damaged_files = 0
 
-    def drop_damaged(self) -> int:
-        """Verify, forget damaged entries and commit; returns how many.
+    def publish_plan(
+        self,
+        plan: dict[str, Any],
+        report: dict[str, Any],
+        artifacts: Mapping[str, bytes],
+    ) -> None:
+        """Commit, together with another plan, report and set of artifacts for what is published.
 
-        If there are any, the entries behind them get new ids and the store must be published again.
+        Projector, features, index and sketches stay. Arguments are as for ``publish``.
+
+        Raises:
+            StoreError: nothing is published yet, or an argument does not fit.
+        """
+        with self._mutex:
+            self._require_writer()
+            if (published := self._manifest.published) is None:
+                raise unpublished(self._folder)
+            with folders.storing(f"publish in {self._folder}"):
+                published = replace(
+                    published,
+                    plan=checks.plain(plan, "plan"),
+                    report=checks.plain(report, "report"),
+                    artifacts=write_artifacts(self._folder, artifacts),
+                )
+            self._commit(replace(self._manifest, published=published))
+            with folders.storing(f"publish in {self._folder}"):
+                folders.remove_unreferenced(self._folder, self._manifest)
+
+    def drop_damaged(self) -> int:
+        """Verify and forget damaged entries, durably with the next commit; returns how many.
+
+        If there are any, the entries behind them get new ids, and nothing is published until the
+        store is published again.
         """
         with self._mutex:
             self._require_writer()
@@ -301,7 +242,7 @@ class LocalStore:
                 self._table = self._table_of(sound)
                 self._serving = None
                 self._damaged_files = 0
-                self._commit(replace(self._manifest, published=None))
+                self._manifest = replace(self._manifest, entries=tuple(sound), published=None)
             return len(bad)
 
     def close(self) -> None:
@@ -323,15 +264,6 @@ class LocalStore:
 
     # -- inside -------------------------------------------------------------------------------
 
-    def _table_of(self, entries: Sequence[Entry]) -> EntryTable:
-        segments = self._writer.segments if self._writer else self._manifest.segments
-        return EntryTable(self._folder, entries, segments, self._forget)
-
-    def _forget(self, entry_id: int) -> None:
-        with self._mutex:
-            if self._serving is not None:
-                self._serving.index.forget(entry_id)
-
     def _commit(self, manifest: Manifest) -> None:
         writer = self._require_writer()
         manifest = replace(
@@ -341,28 +273,6 @@ class LocalStore:
             writer.sync()
             write_atomic(self._folder / FILE_NAME, manifest.to_bytes())
         self._manifest = manifest
-
-    @contextmanager
-    def _counting_late(self) -> Iterator[None]:
-        try:
-            yield
-        except StoreTimeout:
-            with self._mutex:
-                self._late += 1
-            raise
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StoreError(f"the store must be open, got closed: {self._folder}; open it again")
-
-    def _require_serving(self) -> Serving:
-        self._require_open()
-        if self._serving is None:
-            raise StoreError(
-                f"{self._folder} must be calibrated before it is looked up in; "
-                "run 'attncache build'"
-            )
-        return self._serving
 
     def _require_writer(self) -> SegmentWriter:
         self._require_open()

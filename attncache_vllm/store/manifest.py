@@ -23,10 +23,10 @@ import msgpack
 from attncache_vllm.errors import StoreDamaged, StoreError
 from attncache_vllm.store import checks
 from attncache_vllm.store.protocol import Namespace
-from attncache_vllm.store.records import ALIGNMENT, MAX_LENGTH
+from attncache_vllm.store.records import ALIGNMENT, MAX_LENGTH, MAX_SKETCH
 
 FILE_NAME = "manifest"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _MAGIC = b"ATNCSTOR"
 _CHECKED_FROM = len(_MAGIC) + 32
@@ -35,7 +35,10 @@ _MAX_BYTES = 1 << 30
 _MAX_FILE_BYTES = 1 << 50
 _MAX_COUNT = 1 << 32
 _SEGMENT_NAME = re.compile(r"maps-[0-9]{6}")
-_FILE_NAME = re.compile(r"(features|index|projector)-[0-9a-f]{16}")
+_ARTIFACT = re.compile(r"[a-z]{1,32}")
+_FILE_NAME = re.compile(
+    rf"(features|index|projector|sketches|artifact-{_ARTIFACT.pattern})-[0-9a-f]{{16}}"
+)
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,11 @@ class FileRef:
 
 @dataclass(frozen=True)
 class Published:
-    """What calibration adds so that the first ``rows`` entries can be looked up and reused.
+    """What a build adds so that the first ``rows`` entries can be looked up and reused.
 
-    ``plan`` and ``report`` mean nothing to a store. ``features`` holds float32 ``[rows, dim]``,
-    row i that of entry i; ``index`` the faiss index that ``factory`` makes of them.
+    ``plan``, ``report`` and the contents of ``artifacts`` mean nothing to a store. ``features``
+    holds float32 ``[rows, dim]``, row i that of entry i; ``index`` the faiss index that ``factory``
+    makes of them; ``sketches`` those of the entries, as ``attncache_vllm.store.sketches`` has them.
     """
 
     plan: dict[str, Any]
@@ -87,9 +91,19 @@ class Published:
     dim: int
     index: FileRef
     factory: str
+    sketches: FileRef
+    artifacts: dict[str, FileRef]
 
-    def files(self) -> tuple[FileRef, FileRef, FileRef]:
-        return self.projector, self.features, self.index
+    def files(self) -> tuple[FileRef, ...]:
+        own = self.projector, self.features, self.index, self.sketches
+        return *own, *self.artifacts.values()
+
+
+def artifact_kind(name: object) -> str:
+    """What the file of the artifact ``name`` is called by; ``ValueError`` for no good name."""
+    if not isinstance(name, str) or not _ARTIFACT.fullmatch(name):
+        raise ValueError(f"an artifact's name must be 1 to 32 letters from a to z, got {name!r}")
+    return f"artifact-{name}"
 
 
 @dataclass(frozen=True)
@@ -106,8 +120,11 @@ class Manifest:
         published = None
         if self.published is not None:
             published = dict(vars(self.published))
-            for name in ("projector", "features", "index"):
+            for name in ("projector", "features", "index", "sketches"):
                 published[name] = list(vars(published[name]).values())
+            published["artifacts"] = {
+                name: list(vars(file).values()) for name, file in self.published.artifacts.items()
+            }
         body: bytes = msgpack.packb(
             {
                 "namespace": self.namespace.to_dict(),
@@ -126,7 +143,7 @@ class Manifest:
 
         Raises:
             StoreDamaged: the bytes are not those of a manifest, or contradict each other.
-            StoreError: a later release wrote it.
+            StoreError: a release with another format wrote it.
         """
         view = memoryview(data)
         if len(view) < _BODY_FROM or view[: len(_MAGIC)] != _MAGIC:
@@ -232,13 +249,16 @@ def _entry(item: object, segments: tuple[Segment, ...]) -> Entry:
 
 
 def _published(data: object, entries: int) -> Published:
-    names = ["plan", "report", "projector", "features", "rows", "dim", "index", "factory"]
-    given = checks.fields(data, names, "published")
+    files = ["projector", "features", "index", "sketches", "artifacts"]
+    given = checks.fields(data, ["plan", "report", "rows", "dim", "factory", *files], "published")
     rows = checks.integer(given["rows"], 1, entries, "rows")
     dim = checks.integer(given["dim"], 1, 1 << 20, "dim")
     features = _file_ref(given["features"], "features")
     if features.size != 4 * rows * dim:
         raise ValueError(f"features of {rows} x {dim} float32, got {features.size!r} bytes")
+    sketches = _file_ref(given["sketches"], "sketches")
+    if not 8 * rows <= sketches.size <= 8 * rows * (1 + MAX_SKETCH):
+        raise ValueError(f"sketches of {rows} entries, got {sketches.size!r} bytes")
     return Published(
         plan=_plain_dict(given["plan"], "plan"),
         report=_plain_dict(given["report"], "report"),
@@ -248,6 +268,11 @@ def _published(data: object, entries: int) -> Published:
         dim=dim,
         index=_file_ref(given["index"], "index"),
         factory=checks.text(given["factory"], "factory"),
+        sketches=sketches,
+        artifacts={
+            name: _file_ref(file, artifact_kind(name))
+            for name, file in _plain_dict(given["artifacts"], "artifacts").items()
+        },
     )
 
 

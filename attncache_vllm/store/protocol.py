@@ -73,17 +73,35 @@ class Neighbour:
     length: int
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """An entry that shares tokens with a query: how many values their sketches have in common, and
+    its length in tokens."""
+
+    entry_id: int
+    common: int
+    length: int
+
+
+def token_hash(token_ids: Sequence[int] | NDArray[np.int32]) -> bytes:
+    """SHA-256 of the token ids as little-endian int32: the identity of a sequence in a store."""
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i4").tobytes()).digest()
+
+
 @dataclass(frozen=True, eq=False)
 class Record:
     """The stored maps of one sequence.
 
     Attributes:
-        token_hash: 32 bytes that identify the sequence.
+        token_hash: 32 bytes that identify the sequence: ``token_hash`` of its token ids.
         length: tokens of the sequence. Which other lengths its maps serve is for the asker to say.
         codec: name of the encoding of ``maps``, which a store neither knows nor needs to know.
         pooled: float32 ``[slots, hidden]``, the pooled feature-layer input; kept as float16.
         maps: layer number to its encoded map, uint8 ``[bytes]``. Loaded maps are read-only views
             of the store's memory map: copy what must outlive a truncation of the file.
+        token_ids: int32 ``[length]``, what an alignment with another sequence goes by.
+        sketch: uint64 ``[at most 256]``, ascending and distinct: hashes of parts of the sequence.
+            Sequences with many of them in common overlap; a store knows no more about them.
     """
 
     token_hash: bytes
@@ -91,6 +109,8 @@ class Record:
     codec: str
     pooled: NDArray[np.float32]
     maps: dict[int, NDArray[np.uint8]]
+    token_ids: NDArray[np.int32]
+    sketch: NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class StoreStats:
     """Counters since the store was opened, and its size now.
 
     ``damaged`` counts entries and files found damaged or gone; ``lookups`` counts calls of
-    ``lookup``; ``late`` counts calls of ``lookup`` and ``load`` that missed their deadline.
+    ``lookup``; ``late`` counts calls that missed their deadline.
     """
 
     entries: int
@@ -150,6 +170,22 @@ class MapStore(Protocol):
             neighbours: how many entries a query wants at most.
             deadline: instant after which the answer is of no use.
         """
+
+    def overlaps(
+        self, sketches: Sequence[NDArray[np.uint64]], *, neighbours: int, deadline: float
+    ) -> list[list[Overlap]]:
+        """The entries that have most of a sketch in common with each of B queries, most first.
+
+        Args:
+            sketches: one per query, uint64 ``[at most 256]``, distinct values.
+            neighbours: how many entries a query wants at most.
+            deadline: instant after which the answer is of no use.
+        """
+
+    def token_ids(
+        self, entry_ids: Sequence[int], *, deadline: float
+    ) -> list[NDArray[np.int32] | None]:
+        """The token ids of ``entry_ids``, without their maps; ``None`` for one damaged or gone."""
 
     def load(self, entry_ids: Sequence[int], *, deadline: float) -> list[Record | None]:
         """The records of ``entry_ids``, in that order; ``None`` for one damaged or gone."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files calibration adds to a store: projector, features and the index over them."""
+"""The files that are published in a store: projector, features and sketches, the index over the
+features, and artifacts."""
 
 import hashlib
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,14 @@ from attncache_vllm.store.index import (
     deserialize_index,
     serialize_index,
 )
-from attncache_vllm.store.manifest import FileRef, Manifest, Published, write_atomic
+from attncache_vllm.store.manifest import (
+    FileRef,
+    Manifest,
+    Published,
+    artifact_kind,
+    write_atomic,
+)
+from attncache_vllm.store.sketches import Sketch, SketchIndex, encode_sketches
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +39,13 @@ class Serving:
 
     projector: bytes
     index: FeatureIndex
+    sketches: SketchIndex
     rebuilt: bool
+
+    def forget(self, entry_id: int) -> None:
+        """Never answer with ``entry_id`` again."""
+        self.index.forget(entry_id)
+        self.sketches.forget(entry_id)
 
 
 def write_published(
@@ -40,13 +55,27 @@ def write_published(
     projector: bytes,
     features: Features,
     factory: str,
+    sketches: Sequence[Sketch],
+    artifacts: Mapping[str, bytes],
 ) -> Published:
-    """Write the three files and describe them. Nothing refers to them before a manifest does."""
+    """Write the files and describe them. Nothing refers to them before a manifest does.
+
+    Raises:
+        StoreError: an argument does not fit, see ``LocalStore.publish``.
+    """
+    if features.ndim != 2 or not 0 < len(features) == len(sketches):
+        raise StoreError(
+            f"features must be one row for each of {len(sketches)} (at least 1) entries, "
+            f"got shape {features.shape!r}"
+        )
+    if not np.isfinite(features).all():
+        raise StoreError("features must be finite, got NaN or infinity; train again")
     features = np.ascontiguousarray(features, dtype="<f4")
     contents = {
         "projector": projector,
         "features": features.tobytes(),
         "index": serialize_index(build_index(features, factory)),
+        "sketches": encode_sketches(sketches),
     }
     files = {kind: FileRef.of(kind, data) for kind, data in contents.items()}
     published = Published(
@@ -55,6 +84,7 @@ def write_published(
         rows=features.shape[0],
         dim=features.shape[1],
         factory=factory,
+        artifacts=write_artifacts(folder, artifacts),
         **files,
     )
     for kind, data in contents.items():
@@ -62,12 +92,23 @@ def write_published(
     return published
 
 
+def write_artifacts(folder: Path, artifacts: Mapping[str, bytes]) -> dict[str, FileRef]:
+    """Write a file for each artifact; ``StoreError`` if one has no good name."""
+    try:
+        files = {name: FileRef.of(artifact_kind(name), data) for name, data in artifacts.items()}
+    except ValueError as error:
+        raise StoreError(str(error)) from None
+    for name, file in files.items():
+        write_atomic(folder / file.name, artifacts[name])
+    return files
+
+
 def load_published(folder: Path, manifest: Manifest, published: Published) -> Serving:
     """Read and check the files; an index that is not what was written is built again in memory.
 
     Raises:
-        StoreDamaged: projector or features are damaged, which only a new calibration can cure.
-        FileNotFoundError: one of these two is gone, perhaps because a newer manifest replaced it.
+        StoreDamaged: projector, features or sketches are damaged, which only a build can cure.
+        FileNotFoundError: one of these is gone, perhaps because a newer manifest replaced it.
     """
     projector = read_file(folder, published.projector)
     raw = read_file(folder, published.features)
@@ -80,7 +121,8 @@ def load_published(folder: Path, manifest: Manifest, published: Published) -> Se
         logger.warning("building the index of %s again: %s", folder, error)
         index, rebuilt = build_index(features, published.factory), True
     lengths = [entry.length for entry in manifest.entries[: published.rows]]
-    return Serving(projector, FeatureIndex(index, features, lengths), rebuilt)
+    sketches = SketchIndex(read_file(folder, published.sketches), lengths)
+    return Serving(projector, FeatureIndex(index, features, lengths), sketches, rebuilt)
 
 
 def read_consistently(folder: Path) -> tuple[Manifest, Serving | None]:
@@ -94,7 +136,7 @@ def read_consistently(folder: Path) -> tuple[Manifest, Serving | None]:
         except OSError as error:
             if Manifest.read(folder) == manifest:
                 raise StoreDamaged(
-                    f"{folder} must have its features and projector, got {error}; "
+                    f"{folder} must have its features, sketches and projector, got {error}; "
                     "run 'attncache build' again"
                 ) from error
 
@@ -110,3 +152,14 @@ def read_file(folder: Path, file: FileRef) -> bytes:
             f"{folder / file.name} does not have its checksum; run 'attncache build' again"
         )
     return data
+
+
+def read_artifact(folder: Path, file: FileRef) -> bytes:
+    """As ``read_file``, for what a build does not make again; one that is gone is damage too."""
+    try:
+        return read_file(folder, file)
+    except (StoreDamaged, OSError) as error:
+        raise StoreDamaged(
+            f"{folder / file.name} must be as it was published; if it was replaced meanwhile open "
+            "the store again, else run 'attncache calibrate' again"
+        ) from error

@@ -2,10 +2,13 @@
 """One record on disk: a checksummed head, then checksummed sections on 64-byte boundaries.
 
     prefix    28 bytes, little endian: magic, version, header bytes, payload bytes, CRC of the head
-    header    msgpack: token_hash, length, codec, pooled [slots, hidden, CRC],
-              maps [[layer, bytes, CRC], ...]
+    header    msgpack: token_hash, length, codec, token_ids CRC, sketch [values, CRC],
+              pooled [slots, hidden, CRC], maps [[layer, bytes, CRC], ...]
     padding   zeros to the next multiple of 64
-    sections  pooled (float16), then one per layer in ascending order, each padded with zeros
+    sections  token ids (int32), sketch (uint64), pooled (float16), then one map per layer in
+              ascending order, each padded with zeros
+
+What is needed to choose an entry comes first, so that it is read without touching the maps.
 
 A CRC-32 covers the padding after its bytes as well, so that every bit of a record is under exactly
 one. Sections follow each other without gaps: their offsets are sums of their sizes and there is no
@@ -20,20 +23,22 @@ from dataclasses import dataclass
 
 import msgpack
 import numpy as np
+from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreDamaged
 from attncache_vllm.store import checks
-from attncache_vllm.store.protocol import Record
+from attncache_vllm.store.protocol import Record, token_hash
 
 ALIGNMENT = 64
 MAX_HEADER_BYTES = 1 << 20
 MAX_LENGTH = 1 << 20
 MAX_LAYERS = 1 << 10
+MAX_SKETCH = 1 << 8
 MAX_POOLED_VALUES = 1 << 24
 MAX_MAP_BYTES = 1 << 36
 
 _MAGIC = b"ATNCREC\0"
-_VERSION = 1
+_VERSION = 2
 _PREFIX = struct.Struct("<8sIIQI")
 _CRC_AT = _PREFIX.size - 4
 
@@ -57,10 +62,15 @@ class Layout:
     codec: str
     slots: int
     hidden: int
+    token_ids: Section
+    sketch: Section
     pooled: Section
     maps: dict[int, Section]
 
     def sections(self) -> Iterator[Section]:
+        """In the order they lie in."""
+        yield self.token_ids
+        yield self.sketch
         yield self.pooled
         yield from self.maps.values()
 
@@ -69,11 +79,28 @@ def encode_record(record: Record) -> list[bytes | memoryview]:
     """The buffers whose concatenation is ``record`` on disk; maps are not copied.
 
     Raises:
-        ValueError: a field is outside its limits, or pooled does not fit float16.
+        ValueError: a field is outside its limits, fields contradict each other, or pooled does not
+            fit float16.
     """
     checks.digest(record.token_hash, "token_hash")
     checks.integer(record.length, 1, MAX_LENGTH, "length")
     checks.text(record.codec, "codec", longest=64)
+    token_ids, sketch = record.token_ids, record.sketch
+    if token_ids.dtype != np.int32 or token_ids.shape != (record.length,):
+        raise ValueError(
+            f"token_ids must be int32 [{record.length}], got {token_ids.dtype} {token_ids.shape!r}"
+        )
+    if token_hash(token_ids) != record.token_hash:
+        raise ValueError(
+            f"token_hash must be that of token_ids, {token_hash(token_ids).hex()}, "
+            f"got {record.token_hash.hex()}"
+        )
+    if sketch.dtype != np.uint64 or sketch.ndim != 1 or sketch.size > MAX_SKETCH:
+        raise ValueError(
+            f"a sketch must be uint64 [at most {MAX_SKETCH}], got {sketch.dtype} {sketch.shape!r}"
+        )
+    if not (sketch[:-1] < sketch[1:]).all():
+        raise ValueError(f"a sketch must be ascending and distinct, got {sketch.tolist()!r}")
     if record.pooled.ndim != 2 or not 0 < record.pooled.size <= MAX_POOLED_VALUES:
         raise ValueError(f"pooled must be [slots, hidden], got shape {record.pooled.shape!r}")
     with np.errstate(over="ignore"):
@@ -83,6 +110,8 @@ def encode_record(record: Record) -> list[bytes | memoryview]:
         raise ValueError(f"pooled must be finite in float16, got a magnitude of {largest!r}")
 
     buffers: list[bytes | memoryview] = []
+    token_ids_crc = _append_section(buffers, memoryview(token_ids.astype("<i4").tobytes()))
+    sketch_crc = _append_section(buffers, memoryview(sketch.astype("<u8").tobytes()))
     pooled_crc = _append_section(buffers, pooled.data.cast("B"))
     maps: list[list[int]] = []
     for layer in sorted(record.maps):
@@ -100,6 +129,8 @@ def encode_record(record: Record) -> list[bytes | memoryview]:
             "token_hash": record.token_hash,
             "length": record.length,
             "codec": record.codec,
+            "token_ids": token_ids_crc,
+            "sketch": [sketch.size, sketch_crc],
             "pooled": [*pooled.shape, pooled_crc],
             "maps": maps,
         }
@@ -148,8 +179,20 @@ def check_section(record: memoryview, section: Section) -> None:
         raise StoreDamaged(f"the section at byte {section.start} does not have its checksum")
 
 
+def token_ids_of(record: memoryview, layout: Layout) -> NDArray[np.int32]:
+    """A copy of the token ids of a record."""
+    section = layout.token_ids
+    return np.frombuffer(record[section.start : section.stop], dtype="<i4").astype(np.int32)
+
+
+def sketch_of(record: memoryview, layout: Layout) -> NDArray[np.uint64]:
+    """A copy of the sketch of a record."""
+    section = layout.sketch
+    return np.frombuffer(record[section.start : section.stop], dtype="<u8").astype(np.uint64)
+
+
 def assemble(record: memoryview, layout: Layout) -> Record:
-    """The record behind a layout; its maps are views of ``record``, its pooled is a copy."""
+    """The record behind a layout; its maps are views of ``record``, the rest are copies."""
     pooled = np.frombuffer(record[layout.pooled.start : layout.pooled.stop], dtype="<f2")
     return Record(
         token_hash=layout.token_hash,
@@ -160,6 +203,8 @@ def assemble(record: memoryview, layout: Layout) -> Record:
             layer: np.frombuffer(record[section.start : section.stop], dtype=np.uint8)
             for layer, section in layout.maps.items()
         },
+        token_ids=token_ids_of(record, layout),
+        sketch=sketch_of(record, layout),
     )
 
 
@@ -172,13 +217,17 @@ def decode_record(record: memoryview) -> Record:
 
 
 def _parse_header(data: memoryview, payload_start: int) -> Layout:
-    header = checks.fields(
-        checks.unpack(data), ["token_hash", "length", "codec", "pooled", "maps"], "a record header"
-    )
+    names = ["token_hash", "length", "codec", "token_ids", "sketch", "pooled", "maps"]
+    header = checks.fields(checks.unpack(data), names, "a record header")
+    length = checks.integer(header["length"], 1, MAX_LENGTH, "length")
+    token_ids = _section(payload_start, 4 * length, header["token_ids"])
+    values, crc = checks.items(header["sketch"], 2, "sketch")
+    checks.integer(values, 0, MAX_SKETCH, "sketch values")
+    sketch = _section(token_ids.end, 8 * values, crc)
     slots, hidden, crc = checks.items(header["pooled"], 3, "pooled")
     checks.integer(slots, 1, MAX_POOLED_VALUES, "slots")
     checks.integer(hidden, 1, MAX_POOLED_VALUES // slots, "hidden")
-    pooled = _section(payload_start, 2 * slots * hidden, crc)
+    pooled = _section(sketch.end, 2 * slots * hidden, crc)
     maps: dict[int, Section] = {}
     end, lowest = pooled.end, 0
     for item in checks.items(header["maps"], None, "maps"):
@@ -189,10 +238,12 @@ def _parse_header(data: memoryview, payload_start: int) -> Layout:
         end, lowest = maps[layer].end, layer + 1
     return Layout(
         token_hash=checks.digest(header["token_hash"], "token_hash"),
-        length=checks.integer(header["length"], 1, MAX_LENGTH, "length"),
+        length=length,
         codec=checks.text(header["codec"], "codec", longest=64),
         slots=slots,
         hidden=hidden,
+        token_ids=token_ids,
+        sketch=sketch,
         pooled=pooled,
         maps=maps,
     )

@@ -20,11 +20,12 @@ from attncache_vllm.calibrate import build as building
 from attncache_vllm.calibrate.build import BuildOptions, build
 from attncache_vllm.calibrate.corpus import Text, token_hash
 from attncache_vllm.calibrate.train import MIN_ENTRIES
-from attncache_vllm.errors import AttnCacheError, SettingsError
+from attncache_vllm.errors import AttnCacheError, SettingsError, StoreDamaged
 from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.plan import Plan, SourcePlan
+from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store import LocalStore, Record
 
 LAYERS, LONGEST, HIDDEN = 6, 64, 8
@@ -103,18 +104,20 @@ class FakeLLM:
         stats = self.store.stats()
         return {"entries": stats.entries, "bytes": stats.bytes, "parity": {5: 0.001}}
 
-    def commit(self, identity: bytes) -> dict[str, Any]:
-        token_ids = self.prefilled[-1]
-        assert identity == token_hash(token_ids)
+    def commit(self, token_ids: list[int]) -> dict[str, Any]:
+        assert token_ids == self.prefilled[-1]
         length, generator = len(token_ids), torch.Generator().manual_seed(sum(token_ids))
         maps = {}
         for layer in self.layers:
             layout = LAYOUTS[layer]
             scores = torch.randn(layout.num_heads, length, length, generator=generator)
             probs = scores.masked_fill(~layout.mask.visible(length), float("-inf")).softmax(-1)
-            maps[layer] = encode_map(probs, layout.mask).numpy()
+            lse = torch.zeros(layout.num_heads, length)
+            maps[layer] = encode_map(probs, lse, layout.mask).numpy()
         pooled = torch.randn(self.options.slots, HIDDEN, generator=generator).numpy()
-        self.store.put(Record(identity, length, CODEC, pooled, maps))
+        tokens = np.array(token_ids, np.int32)
+        identity = token_hash(token_ids)
+        self.store.put(Record(identity, length, CODEC, pooled, maps, tokens, sketch(tokens)))
         return self.stats()
 
     def flush(self) -> None:
@@ -164,14 +167,16 @@ def lengths_in(store: Path) -> list[int]:
 def test_a_build_publishes_plan_projector_and_features_of_every_text(
     engines: Engines, options: BuildOptions
 ) -> None:
-    options = replace(options, crop=True, max_distance=0.3)
+    options = replace(options, max_distance=0.3)
     report = build(options, texts(10))
     assert (report["entries"], report["recorded"], report["skipped"]) == (10, 10, 0)
     assert (report["layers"], report["num_layers"]) == ([4, 5], LAYERS)
     assert report["parity"] == {5: 0.001}
     assert engines[0].stopped
     with LocalStore.open(options.store) as store:
-        assert store.plan == Plan.last_third(LAYERS, 0.3, crop=True).to_dict()
+        # All KV heads of the last third of the layers, of which the last has one only.
+        neighbour = SourcePlan(((), (), (), (), (0, 1), (0,)), 0.3)
+        assert store.plan == Plan(0, LAYERS, {"neighbour": neighbour}).to_dict()
         projector = Projector.from_bytes(store.projector_bytes)
         for entry_id, record in store.records():
             with torch.inference_mode():
@@ -192,7 +197,7 @@ def test_layers_and_feature_layer_are_those_asked_for(
     assert engines[0].layers == (5,)
     assert report["layers"] == [5]
     with LocalStore.open(options.store) as store:
-        assert store.plan == Plan.reusing(LAYERS, (5,), 0.2, feature_layer=2).to_dict()
+        assert store.plan == Plan.reusing(LAYERS, 1, (5,), 0.2, feature_layer=2).to_dict()
 
 
 def test_entries_may_be_shorter_than_the_distance_of_the_rows_compared(
@@ -202,6 +207,122 @@ def test_entries_may_be_shorter_than_the_distance_of_the_rows_compared(
     report = build(replace(options, min_tokens=2), [*short, *texts(4, length=60)])
     assert report["entries"] == 12
     assert min(lengths_in(options.store)) == 2
+
+
+# -- a store that was calibrated ---------------------------------------------------------------
+
+CALIBRATED = Plan(0, LAYERS, {"template": SourcePlan(((), (), (0,), (), (1,), (0,)))}).to_dict()
+ARTIFACTS = {"templates": b"maps", "corrections": b""}
+
+
+@pytest.fixture
+def calibrated(engines: Engines, options: BuildOptions) -> BuildOptions:
+    """Options of a build of ten texts, after which the store was calibrated."""
+    build(options, texts(10))
+    with LocalStore.open(options.store, writable=True) as store:
+        assert store.manifest.published is not None
+        report = {**store.manifest.published.report, "calibration": {"rank": 0.99}}
+        store.publish_plan(CALIBRATED, report, ARTIFACTS)
+    return options
+
+
+def nearest_of_all(store: LocalStore) -> list[int]:
+    """For each entry, the entry that is nearest by the feature that the projector gives it."""
+    projector = Projector.from_bytes(store.projector_bytes)
+    pooled = torch.tensor(np.stack([record.pooled for _, record in store.records()]))
+    with torch.inference_mode():
+        features = projector(pooled).numpy()
+    found = store.lookup(features, [(1, LONGEST)] * len(pooled), neighbours=1, deadline=np.inf)
+    assert all(neighbours[0].distance < 1e-5 for neighbours in found)
+    return [neighbours[0].entry_id for neighbours in found]
+
+
+def test_a_build_on_a_calibrated_store_only_makes_new_texts_findable(
+    engines: Engines, calibrated: BuildOptions
+) -> None:
+    with LocalStore.open(calibrated.store) as store:
+        before = store.manifest.published
+        projector = store.projector_bytes
+    report = build(replace(calibrated, max_distance=0.5), texts(14))
+    assert (report["entries"], report["recorded"], report["training"]) == (14, 4, None)
+    assert report["layers"] == [2, 4, 5]
+    with LocalStore.open(calibrated.store) as store:
+        after = store.manifest.published
+        assert before is not None and after is not None
+        assert (after.plan, after.report) == (CALIBRATED, before.report)
+        assert store.projector_bytes == projector
+        assert {name: store.artifact(name) for name in after.artifacts} == ARTIFACTS
+        assert nearest_of_all(store) == list(range(14))
+        for entry_id, record in store.records():
+            [[found]] = store.overlaps([record.sketch], neighbours=1, deadline=np.inf)
+            assert (found.entry_id, found.common) == (entry_id, len(record.sketch))
+
+
+def test_a_build_on_a_store_that_was_not_calibrated_trains_again(
+    engines: Engines, options: BuildOptions
+) -> None:
+    build(options, texts(10))
+    with LocalStore.open(options.store) as store:
+        before = store.projector_bytes
+    report = build(replace(options, max_distance=0.5), texts(14))
+    assert report["training"]["epochs"] == building.EPOCHS
+    with LocalStore.open(options.store) as store:
+        assert store.projector_bytes != before
+        assert Plan.from_dict(store.plan).sources["neighbour"].gate == 0.5
+
+
+def harm(store: Path, kind: str) -> None:
+    [file] = store.glob(f"{kind}-*")
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+@pytest.mark.parametrize("kind", ["features", "sketches", "index", "maps"])
+def test_damage_that_a_build_cures_costs_no_calibration(
+    engines: Engines, calibrated: BuildOptions, kind: str
+) -> None:
+    harm(calibrated.store, kind)
+    report = build(calibrated, texts(14))
+    # Of the damaged map nothing was known before the texts were recorded.
+    assert report["entries"] == (13 if kind == "maps" else 14)
+    with LocalStore.open(calibrated.store) as store:
+        assert (store.plan, store.artifact("templates")) == (CALIBRATED, b"maps")
+        assert store.verify().ok
+        assert nearest_of_all(store) == list(range(report["entries"]))
+
+
+def test_a_damaged_projector_ends_a_calibration_with_a_warning(
+    engines: Engines, calibrated: BuildOptions, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm(calibrated.store, "projector")
+    report = build(calibrated, texts(14))
+    assert "warning: the calibration is lost with the projector" in capsys.readouterr().err
+    assert report["training"] is not None
+    with LocalStore.open(calibrated.store) as store:
+        assert Plan.from_dict(store.plan).sources.keys() == {"neighbour"}
+        assert store.artifact("templates") is None
+        assert store.verify().ok
+
+
+def test_a_damaged_artifact_is_left_to_the_calibration(
+    engines: Engines, calibrated: BuildOptions
+) -> None:
+    harm(calibrated.store, "artifact-templates")
+    with pytest.raises(StoreDamaged, match="run 'attncache calibrate' again"):
+        build(calibrated, texts(14))
+    with LocalStore.open(calibrated.store, writable=True) as store:
+        store.publish_plan(CALIBRATED, {"calibration": {}}, ARTIFACTS)
+    assert build(calibrated, texts(14))["recorded"] == 0
+
+
+def test_a_calibrated_store_with_too_few_sound_entries_stays_as_it_is(
+    engines: Engines, calibrated: BuildOptions
+) -> None:
+    for segment in calibrated.store.glob("maps-*"):
+        segment.write_bytes(b"")
+    with pytest.raises(SettingsError, match="at least 8 entries"):
+        build(calibrated, texts(10))
+    with LocalStore.open(calibrated.store) as store:
+        assert store.plan == CALIBRATED
 
 
 # -- which texts -------------------------------------------------------------------------------
@@ -316,7 +437,7 @@ def test_a_corpus_that_is_too_small_to_train_on_is_refused(
     [
         ({"layers": (6,)}, r"must be in 0\.\.5, got \[6\]"),
         ({"layers": (2,), "feature_layer": 3}, r"feature_layer must be in 0\.\.2"),
-        ({"max_distance": float("nan")}, "max_distance must be a finite number"),
+        ({"max_distance": float("nan")}, "a gate must be a finite number"),
     ],
 )
 def test_options_that_make_no_plan_are_refused_before_an_engine_starts(

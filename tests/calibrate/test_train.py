@@ -32,7 +32,9 @@ def stored(probs: Tensor, mask: Mask) -> RowBlocks:
     """``[H, L, L]`` as a store gives it back, two query heads to a KV head if they are even."""
     heads = len(probs)
     layout = MapLayout(heads, heads // 2 if heads % 2 == 0 else heads, mask)
-    return decode_map(encode_map(probs, mask), layout, probs.shape[1])
+    return decode_map(
+        encode_map(probs, probs.new_zeros(probs.shape[:2]), mask), layout, probs.shape[1]
+    )
 
 
 def random_maps(seed: int, length: int, masks: Sequence[Mask] = CAUSAL) -> list[RowBlocks]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from batches import BLOCK_SIZE, Backend, batch
@@ -23,7 +24,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.v1.attention.backend import AttentionType
 
-from attncache_vllm.engine.compat import BACKEND_NAME
+from attncache_vllm.engine.compat import BACKEND_NAME, Prompt
 
 BLOCKS = 32
 
@@ -242,26 +243,29 @@ def text(seed: int, length: int, shape: Shape | None = None) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a step: the tokens ``start:stop`` of a text, those before come from the KV cache."""
+    """A row of a step: the tokens ``start:stop`` of a text, those before come from the KV cache.
+
+    ``ids`` are the token ids of the text if they are known."""
 
     text: Tensor
     start: int
     stop: int
+    ids: np.ndarray | None = None
 
     @property
     def whole(self) -> bool:
         return (self.start, self.stop) == (0, len(self.text))
 
 
-def whole(rows: Tensor) -> Row:
-    return Row(rows, 0, len(rows))
+def whole(rows: Tensor, ids: np.ndarray | None = None) -> Row:
+    return Row(rows, 0, len(rows), ids)
 
 
 def metadata_of(rows: Sequence[Row], padding: int = 0) -> Any:
     return batch(
         [row.stop - row.start for row in rows],
         [row.stop for row in rows],
-        [len(row.text) for row in rows],
+        [Prompt(len(row.text), row.ids) for row in rows],
         padding,
     )
 

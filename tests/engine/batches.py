@@ -170,22 +170,23 @@ def slot(row: int, position: int) -> int:
 def batch(
     lengths: Sequence[int],
     context: Sequence[int] | None = None,
-    prompts: Sequence[int] | None = None,
+    prompts: Sequence[int | compat.Prompt] | None = None,
     padding: int = 0,
 ) -> Any:
-    """Metadata of a step; ``prompts`` are the whole lengths of its rows' prompts."""
+    """Metadata of a step; ``prompts`` are its rows' prompts, or the whole lengths of them."""
     metadata = make_builder().build(0, describe(lengths, context, padding))
     source = compat.metadata_source(metadata)
     assert source is not None
     if prompts is not None:
-        compat.remember_source(metadata, replace(source, prompt_lengths=list(prompts)))
+        known = [compat.Prompt(prompt) if isinstance(prompt, int) else prompt for prompt in prompts]
+        compat.remember_source(metadata, replace(source, prompts=known))
     return metadata
 
 
 def source(
     lengths: Sequence[int],
     context: Sequence[int] | None = None,
-    prompts: Sequence[int] | None = None,
+    prompts: Sequence[int | compat.Prompt] | None = None,
 ) -> compat.MetadataSource:
     found = compat.metadata_source(batch(lengths, context, prompts))
     assert found is not None

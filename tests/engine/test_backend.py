@@ -189,14 +189,14 @@ def test_the_builder_passes_on_what_it_does_not_know() -> None:
     assert compat.metadata_source(built) == compat.MetadataSource(builder, common, None)
 
 
-def test_the_builder_asks_the_runner_for_the_prompt_lengths_of_its_rows(
+def test_the_builder_asks_the_runner_for_the_prompts_of_its_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    batch = SimpleNamespace(num_prompt_tokens_cpu_tensor=torch.tensor([30, 2, 99]))
-    monkeypatch.setattr(compat, "_runner", SimpleNamespace(input_batch=batch))
+    prompts = [compat.Prompt(30), compat.Prompt(2), compat.Prompt(99)]
+    monkeypatch.setattr(compat, "prompts", lambda rows: prompts[:rows])
     found = compat.metadata_source(make_builder().build(0, describe([3, 2])))
     assert found is not None
-    assert found.prompt_lengths == [30, 2]
+    assert found.prompts == prompts[:2]
 
 
 class SharingBuilder(StandardBuilder):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import vllm.platforms
@@ -223,13 +224,26 @@ def test_a_users_choice_of_the_rotary_embedding_is_kept(
 
 
 class Runner:
-    """Builds what ``asked`` says, as the one of vLLM that holds the prompts of its batch."""
+    """Builds what ``asked`` says, as the one of vLLM that holds the prompts of its batch.
+
+    ``prompts`` are token ids by row; None stands for tokens of which only embeddings are known.
+    """
 
     asked: Callable[[], Any]
 
-    def __init__(self, *prompts: int) -> None:
-        lengths = torch.tensor([*prompts, 999], dtype=torch.int32)  # rows of earlier batches follow
-        self.input_batch = SimpleNamespace(num_prompt_tokens_cpu_tensor=lengths)
+    def __init__(self, *prompts: list[int | None]) -> None:
+        # Rows of earlier batches follow, and what a row held before follows a prompt.
+        rows, width = len(prompts) + 1, 9
+        self.input_batch = SimpleNamespace(
+            num_prompt_tokens_cpu_tensor=torch.tensor([*map(len, prompts), 999]),
+            token_ids_cpu=np.full((rows, width), 77, dtype=np.int32),
+            is_token_ids=np.zeros((rows, width), dtype=bool),
+            req_ids=[f"request {row}" for row in range(len(prompts))],
+        )
+        for row, prompt in enumerate(prompts):
+            self.input_batch.token_ids_cpu[row, : len(prompt)] = [token or 0 for token in prompt]
+            self.input_batch.is_token_ids[row, : len(prompt)] = [t is not None for t in prompt]
+        self.requests = {name: SimpleNamespace(mm_features=[]) for name in self.input_batch.req_ids}
 
     def _build_attention_metadata(self, *args: Any, **kwargs: Any) -> Any:
         return type(self).asked(), args, kwargs
@@ -246,24 +260,55 @@ def hooked_runner(monkeypatch: pytest.MonkeyPatch) -> type[Runner]:
     return fresh
 
 
-def test_prompt_lengths_are_known_while_the_runner_builds_metadata(
+def shown(prompts: list[compat.Prompt] | None) -> Any:
+    """Lengths and token ids of prompts."""
+    assert prompts is not None
+    return [(p.length, None if p.token_ids is None else p.token_ids.tolist()) for p in prompts]
+
+
+def test_prompts_are_known_while_the_runner_builds_metadata(hooked_runner: type[Runner]) -> None:
+    hooked_runner.asked = staticmethod(lambda: shown(compat.prompts(2)))
+    first, second = hooked_runner([5, 6, 7], [8], [9]), hooked_runner([1], [2, 3])
+    assert first._build_attention_metadata(4, num_reqs=2) == (
+        [(3, [5, 6, 7]), (1, [8])],
+        (4,),
+        {"num_reqs": 2},
+    )
+    assert second._build_attention_metadata() == ([(1, [1]), (2, [2, 3])], (), {})
+    assert compat.prompts(2) is None
+
+
+def test_token_ids_are_kept_when_the_runner_uses_its_memory_again(
     hooked_runner: type[Runner],
 ) -> None:
-    hooked_runner.asked = staticmethod(lambda: compat.prompt_lengths(2))
-    first, second = hooked_runner(7, 300, 5), hooked_runner(1, 2)
-    assert first._build_attention_metadata(4, num_reqs=2) == ([7, 300], (4,), {"num_reqs": 2})
-    assert second._build_attention_metadata() == ([1, 2], (), {})
-    assert compat.prompt_lengths(2) is None
+    hooked_runner.asked = staticmethod(lambda: compat.prompts(1))
+    runner = hooked_runner([5, 6])
+    prompts, _, _ = runner._build_attention_metadata()
+    runner.input_batch.token_ids_cpu[:] = 1
+    assert shown(prompts) == [(2, [5, 6])]
+    assert prompts[0].token_ids.dtype == np.int32
 
 
-def test_prompt_lengths_of_a_failed_build_are_forgotten(hooked_runner: type[Runner]) -> None:
+def test_of_prompts_that_are_more_than_their_token_ids_only_the_length_is_known(
+    hooked_runner: type[Runner],
+) -> None:
+    # Embeddings, an image, a request that is gone, and padding behind the last request.
+    hooked_runner.asked = staticmethod(lambda: shown(compat.prompts(5)))
+    runner = hooked_runner([1, None, 3], [4, 5], [6], [7])
+    runner.requests["request 1"].mm_features = ["image"]
+    del runner.requests["request 2"]
+    prompts, _, _ = runner._build_attention_metadata()
+    assert prompts == [(3, None), (2, None), (1, None), (1, [7]), (999, None)]
+
+
+def test_prompts_of_a_failed_build_are_forgotten(hooked_runner: type[Runner]) -> None:
     def fail() -> None:
         raise MemoryError
 
     hooked_runner.asked = staticmethod(fail)
     with pytest.raises(MemoryError):
-        hooked_runner(7)._build_attention_metadata()
-    assert compat.prompt_lengths(1) is None
+        hooked_runner([7])._build_attention_metadata()
+    assert compat.prompts(1) is None
 
 
 def test_the_runner_is_wrapped_once(hooked_runner: type[Runner]) -> None:

@@ -13,40 +13,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import batch, counted
+from batches import counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vllm.forward_context import ForwardContext, override_forward_context
 
 from attncache_vllm.config import Settings
-from attncache_vllm.engine.runtime import NEIGHBOURS, Lookups, Serving
-from attncache_vllm.engine.step import Hit, Step
+from attncache_vllm.engine import step
+from attncache_vllm.engine.lookups import NEIGHBOURS, OVERLAPS, Lookups
+from attncache_vllm.engine.step import Hit
 from attncache_vllm.errors import StoreError, StoreTimeout
-from attncache_vllm.reuse.apply import RowBlocks, crop
+from attncache_vllm.reuse.align import align
 from attncache_vllm.reuse.codec import CODEC, encode_map
-from attncache_vllm.reuse.feature import Projector, pool_tokens
+from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.match import choose
-from attncache_vllm.reuse.plan import LayerPlan, Plan
-from attncache_vllm.store import MAX_LENGTH, Neighbour, Record, StoreStats
+from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, nearest
+from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
+from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.store import MAX_LENGTH, Neighbour, Overlap, Record, StoreStats, token_hash
 
 CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
 WINDOWED = MapLayout(4, 1, Mask(window=16))
 GATE = 0.5
-# The widest gate of a layer with reuse decides what is loaded; that of an exact layer does not.
-PLAN = Plan(
-    0,
-    (
-        LayerPlan("exact", 9.0),
-        LayerPlan("exact"),
-        LayerPlan("cached", GATE),
-        LayerPlan("cached", GATE / 2),
-    ),
-)
+NUM_LAYERS = 4
+# KV groups of all layers together, that of the windowed one included.
+GROUPS = 7
+Groups = tuple[tuple[int, ...], ...]
+EVERY: Groups = ((), (), (0, 1), (0,))
+EVERY_CAUSAL: Groups = ((), (), (0, 1), (0, 1))
+PLAN = Plan(0, NUM_LAYERS, {"neighbour": SourcePlan(EVERY, GATE)})
 LAYERS = PLAN.reused_layers
 Layouts = dict[int, MapLayout]
 LAYOUTS: Layouts = dict(zip(LAYERS, (CAUSAL, WINDOWED), strict=True))
-PROJECTOR = Projector(hidden_size=6, slots=2, width=8, dim=3)
+with torch.random.fork_rng():  # the same weights, whatever ran before
+    torch.manual_seed(0)
+    PROJECTOR = Projector(hidden_size=6, slots=2, width=8, dim=3)
 LENGTHS = {0: 20, 1: 24, 2: 24, 3: 40, 4: 64}
 
 
@@ -57,16 +57,31 @@ def make_probs(entry_id: int, layer: int, layout: MapLayout) -> torch.Tensor:
     return scores.masked_fill(~layout.mask.visible(length), float("-inf")).softmax(-1).bfloat16()
 
 
+def tokens_of(entry_id: int) -> np.ndarray:
+    """Token ids of an entry, none of which another entry has."""
+    return np.arange(1000 * entry_id, 1000 * entry_id + LENGTHS[entry_id], dtype=np.int32)
+
+
+def make_lse(entry_id: int, layout: MapLayout) -> torch.Tensor:
+    return torch.full((layout.num_heads, LENGTHS[entry_id]), float(entry_id))
+
+
 def make_record(entry_id: int, layouts: Layouts) -> Record:
     return Record(
-        token_hash=bytes([entry_id]) * 32,
+        token_hash=token_hash(tokens_of(entry_id)),
         length=LENGTHS[entry_id],
         codec=CODEC,
         pooled=np.zeros((2, 6), dtype=np.float32),
         maps={
-            layer: encode_map(make_probs(entry_id, layer, layout), layout.mask).numpy()
+            layer: encode_map(
+                make_probs(entry_id, layer, layout),
+                make_lse(entry_id, layout),
+                layout.mask,
+            ).numpy()
             for layer, layout in layouts.items()
         },
+        token_ids=tokens_of(entry_id),
+        sketch=sketch(tokens_of(entry_id)),
     )
 
 
@@ -78,18 +93,21 @@ RECORDS = make_records(LAYOUTS)
 
 
 class FakeStore:
-    """A ``MapStore`` that answers ``answers`` and ``records``, and writes down how it was asked.
+    """A ``MapStore`` that answers ``answers``, ``overlapping`` and ``records``, and writes down how
+    it was asked.
 
-    ``fail_lookup`` and ``fail_load`` are raised; ``lookup`` waits until ``may_answer`` is set.
+    ``fail`` names calls and what they raise; ``lookup`` waits until ``may_answer`` is set.
     """
 
     def __init__(self, answers: list[list[Neighbour]]) -> None:
         self.answers = answers
+        self.overlapping: list[list[Overlap]] = []
         self.records: dict[int, Record | None] = dict(RECORDS)
         self.asked: list[dict[str, Any]] = []
+        self.asked_overlaps: list[dict[str, Any]] = []
+        self.read: list[list[int]] = []
         self.loaded: list[list[int]] = []
-        self.fail_lookup: Exception | None = None
-        self.fail_load: Exception | None = None
+        self.fail: dict[str, Exception] = {}
         self.may_answer = threading.Event()
         self.may_answer.set()
 
@@ -110,15 +128,31 @@ class FakeStore:
             }
         )
         assert self.may_answer.wait(60)
-        if self.fail_lookup is not None:
-            raise self.fail_lookup
+        self._fail("lookup")
         return self.answers
+
+    def overlaps(
+        self, sketches: Sequence[np.ndarray], *, neighbours: int, deadline: float
+    ) -> list[list[Overlap]]:
+        asked = {"sketches": list(sketches), "neighbours": neighbours, "deadline": deadline}
+        self.asked_overlaps.append(asked)
+        self._fail("overlaps")
+        return self.overlapping
+
+    def token_ids(self, entry_ids: Sequence[int], *, deadline: float) -> list[np.ndarray | None]:
+        self.read.append(list(entry_ids))
+        self._fail("token_ids")
+        records = [self.records[entry_id] for entry_id in entry_ids]
+        return [None if record is None else record.token_ids for record in records]
 
     def load(self, entry_ids: Sequence[int], *, deadline: float) -> list[Record | None]:
         self.loaded.append(list(entry_ids))
-        if self.fail_load is not None:
-            raise self.fail_load
+        self._fail("load")
         return [self.records[entry_id] for entry_id in entry_ids]
+
+    def _fail(self, call: str) -> None:
+        if call in self.fail:
+            raise self.fail[call]
 
     def put(self, record: Record) -> int:
         raise AssertionError("serving does not write")
@@ -138,7 +172,7 @@ def make_lookups(
     store: FakeStore, plan: Plan = PLAN, layouts: Layouts = LAYOUTS, **changes: Any
 ) -> Lookups:
     given = Settings(store=Path("maps")).model_copy(update=changes)
-    return Lookups(store, PROJECTOR, plan, given, layouts, torch.device("cpu"))
+    return Lookups(store, PROJECTOR, plan, given, layouts, GROUPS, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -158,33 +192,56 @@ def pooled(rows: int) -> torch.Tensor:
     return torch.randn(rows, 2, 6, generator=torch.Generator().manual_seed(rows))
 
 
-def begin(lookups: Lookups, lengths: list[int]) -> Future[list[Hit | None]]:
-    future = lookups.start(pooled(len(lengths)), lengths, deadline=float("inf"))
+def unknown(lengths: Sequence[int]) -> list[step.Sequence]:
+    """Sequences of which only the lengths are known."""
+    return [step.Sequence(row, 100 * row, length) for row, length in enumerate(lengths)]
+
+
+def known(*ids: np.ndarray) -> list[step.Sequence]:
+    """Sequences with their token ids."""
+    return [step.Sequence(row, 100 * row, len(own), own) for row, own in enumerate(ids)]
+
+
+def begin(lookups: Lookups, sequences: Sequence[int] | list[step.Sequence]) -> Future[Any]:
+    asked = [s if isinstance(s, step.Sequence) else unknown([s])[0] for s in sequences]
+    inputs = pooled(len(asked)) if lookups.uses_features else None
+    future = lookups.start(asked, inputs, deadline=float("inf"))
     assert future is not None
     return future
 
 
-def look_up(lookups: Lookups, lengths: list[int]) -> list[Hit | None]:
-    return begin(lookups, lengths).result(timeout=60)
+def look_up(lookups: Lookups, sequences: Sequence[int] | list[step.Sequence]) -> list[Hit | None]:
+    found: list[Hit | None] = begin(lookups, sequences).result(timeout=60)
+    return found
 
 
 def faults(kind: str) -> float:
     return counted("attncache_store_faults_total", kind=kind)
 
 
-def assert_maps_of(hit: Hit | None, entry_id: int, layouts: Layouts = LAYOUTS) -> None:
+def assert_maps_of(
+    hit: Hit | None,
+    entry_id: int,
+    layouts: Layouts = LAYOUTS,
+    source: Source = "neighbour",
+) -> None:
     assert hit is not None
-    assert hit.match.entry_id == entry_id
-    assert hit.maps.keys() == layouts.keys()
-    for layer, maps in hit.maps.items():
-        assert torch.equal(maps.to_dense(), make_probs(entry_id, layer, layouts[layer]))
-        assert maps.layout == layouts[layer]
+    assert hit.source == source
+    assert hit.served.keys() == layouts.keys()
+    for layer, served in hit.served.items():
+        layout, maps = layouts[layer], served.maps
+        assert (served.source, maps.layout) == (source, layout)
+        probs = make_probs(entry_id, layer, layout)
+        probs.view(layout.num_kv_heads, -1, *probs.shape[1:])[
+            [group for group in range(layout.num_kv_heads) if group not in maps.groups]
+        ] = 0
+        assert torch.equal(maps.to_dense(), probs)
 
 
 def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) -> None:
     store.answers = [near(3), near(1), [], near(3)]
     features = pooled(4)
-    future = lookups.start(features, [30, 20, 17, 40], deadline=12345.0)
+    future = lookups.start(unknown([30, 20, 17, 40]), features, deadline=12345.0)
     assert future is not None
     hits = future.result(timeout=60)
     [asked] = store.asked
@@ -194,7 +251,7 @@ def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) 
     assert asked["features"].dtype == np.float32
     assert asked["features"].flags.c_contiguous
     with torch.no_grad():
-        np.testing.assert_allclose(asked["features"], PROJECTOR(features).numpy(), rtol=1e-6)
+        np.testing.assert_allclose(asked["features"], PROJECTOR(features).numpy(), rtol=1e-4)
     assert store.loaded == [[1, 3]]
     assert_maps_of(hits[0], 3)
     assert_maps_of(hits[1], 1)
@@ -227,25 +284,19 @@ def test_hits_are_those_chosen_by_hand(queries: Queries) -> None:
     store = FakeStore([])
     hits = answered(store, make_lookups(store), queries)
     for hit, (length, found) in zip(hits, queries, strict=True):
-        chosen = choose(found, length, GATE, longer=True)
-        assert (hit.match if hit else None) == chosen
-        if chosen is not None:
+        chosen = nearest(found, length, GATE, longer=True)
+        if chosen is None:
+            assert hit is None
+        else:
             assert_maps_of(hit, chosen.entry_id)
+            assert hit is not None
+            assert {served.alignment for served in hit.served.values()} == {None}
 
 
 # -- lengths that bidirectional maps serve -----------------------------------------------------
 
 ENCODER: Layouts = dict.fromkeys(LAYERS, BIDIRECTIONAL)
 ENCODER_RECORDS = make_records(ENCODER)
-
-
-def cropping(*layers: int) -> Plan:
-    return replace(
-        PLAN,
-        layers=tuple(
-            replace(layer, crop=index in layers) for index, layer in enumerate(PLAN.layers)
-        ),
-    )
 
 
 def encoder_store() -> FakeStore:
@@ -262,79 +313,303 @@ def test_bidirectional_maps_serve_their_own_length_only(queries: Queries) -> Non
     [asked] = store.asked
     assert asked["lengths"] == [(length, length) for length, _ in queries]
     for hit, (length, found) in zip(hits, queries, strict=True):
-        chosen = choose(found, length, GATE, longer=False)
-        assert (hit.match if hit else None) == chosen
-        if chosen is not None:
-            assert_maps_of(hit, chosen.entry_id, ENCODER)
-
-
-@settings(deadline=None, max_examples=30)
-@given(queries, st.sampled_from([(2,), (3,), LAYERS]))
-def test_longer_bidirectional_maps_serve_the_layers_whose_plan_crops(
-    queries: Queries, crops: tuple[int, ...]
-) -> None:
-    store = encoder_store()
-    hits = answered(store, make_lookups(store, cropping(*crops), ENCODER), queries)
-    [asked] = store.asked
-    assert asked["lengths"] == [(length, MAX_LENGTH) for length, _ in queries]
-    for hit, (length, found) in zip(hits, queries, strict=True):
-        chosen = choose(found, length, GATE, longer=True)
-        assert (hit.match if hit else None) == chosen
+        chosen = nearest(found, length, GATE, longer=False)
         if chosen is None:
-            continue
-        assert hit is not None
-        if chosen.entry_length == length:
+            assert hit is None
+        else:
             assert_maps_of(hit, chosen.entry_id, ENCODER)
-            continue
-        assert hit.maps.keys() == set(crops)
-        for layer, maps in hit.maps.items():
-            assert_cropped(maps, make_probs(chosen.entry_id, layer, BIDIRECTIONAL), length)
-
-
-def assert_cropped(maps: RowBlocks, probs: torch.Tensor, length: int) -> None:
-    assert maps.length == length
-    left = probs[:, :length, :length].float()
-    expected = left / left.sum(-1, keepdim=True)
-    torch.testing.assert_close(maps.to_dense().float(), expected, rtol=2**-8, atol=0)
-
-
-def test_the_maps_in_memory_stay_whole_when_they_are_cropped() -> None:
-    store = encoder_store()
-    lookups = make_lookups(store, cropping(*LAYERS), ENCODER)
-    store.answers = [near(3), near(3)]
-    short, equal = look_up(lookups, [25, 40])
-    lookups._thread.shutdown()
-    assert_maps_of(equal, 3, ENCODER)
-    assert short is not None and equal is not None
-    for layer in LAYERS:
-        expected = crop(equal.maps[layer], 25).to_dense()
-        assert torch.equal(short.maps[layer].to_dense(), expected)
 
 
 def test_of_a_model_with_both_kinds_of_layers_a_longer_entry_serves_the_causal_ones() -> None:
     layouts: Layouts = {2: BIDIRECTIONAL, 3: CAUSAL}
     store = FakeStore([near(3), near(3)])
     store.records.update(make_records(layouts))
-    lookups = make_lookups(store, layouts=layouts)
+    lookups = make_lookups(store, shared({"neighbour": EVERY_CAUSAL}), layouts)
     short, equal = look_up(lookups, [25, 40])
     lookups._thread.shutdown()
     assert store.asked[0]["lengths"] == [(25, MAX_LENGTH), (40, MAX_LENGTH)]
     assert short is not None
-    assert short.maps.keys() == {3}
-    assert torch.equal(short.maps[3].to_dense(), make_probs(3, 3, CAUSAL))
+    assert short.served.keys() == {3}
+    assert torch.equal(short.served[3].maps.to_dense(), make_probs(3, 3, CAUSAL))
     assert_maps_of(equal, 3, layouts)
 
 
-def test_only_layers_with_reuse_in_this_engine_count() -> None:
-    # The plan's layer 2, whose gate is the widest, is bypassed here, and its maps are not decoded.
-    layouts: Layouts = {3: WINDOWED}
-    store = FakeStore([near(1, distance=0.9 * GATE), near(3, distance=GATE / 2)])
-    lookups = make_lookups(store, layouts=layouts)
-    far, close = look_up(lookups, [20, 20])
+def test_a_longer_entry_is_no_hit_if_no_layer_that_it_could_serve_is_in_the_plan() -> None:
+    # The causal layer is there, but neighbours serve the bidirectional one only.
+    layouts: Layouts = {2: BIDIRECTIONAL, 3: CAUSAL}
+    plan = Plan(
+        0,
+        NUM_LAYERS,
+        {
+            "neighbour": SourcePlan(((), (), (0, 1), ()), GATE),
+            "template": SourcePlan(((), (), (), (0, 1))),
+        },
+    )
+    store = FakeStore([near(3), near(3)])
+    store.records.update(make_records(layouts))
+    lookups = make_lookups(store, plan, layouts)
+    short, equal = look_up(lookups, [25, 40])
     lookups._thread.shutdown()
-    assert far is None
-    assert_maps_of(close, 3, layouts)
-    assert store.loaded == [[3]]
+    assert short is None
+    assert_maps_of(equal, 3, {2: BIDIRECTIONAL})
+
+
+def test_only_layers_with_reuse_in_this_engine_count() -> None:
+    # The plan's layer 2 is bypassed here, and its maps are not decoded: they need not even fit.
+    layouts: Layouts = {3: WINDOWED}
+    store = FakeStore([near(3)])
+    store.records[3] = other_model(RECORDS[3], layer=2)
+    lookups = make_lookups(store, layouts=layouts)
+    [hit] = look_up(lookups, [20])
+    lookups._thread.shutdown()
+    assert_maps_of(hit, 3, layouts)
+
+
+def test_only_the_kv_groups_of_the_plan_are_decoded() -> None:
+    plan = Plan(0, NUM_LAYERS, {"neighbour": SourcePlan(((), (), (1,), ()), GATE)})
+    store = FakeStore([near(3)])
+    lookups = make_lookups(store, plan)
+    [hit] = look_up(lookups, [20])
+    lookups._thread.shutdown()
+    assert_maps_of(hit, 3, {2: CAUSAL})
+    assert hit is not None
+    assert hit.served[2].maps.groups == (1,)
+    assert lookups.resident.stats().bytes == hit.served[2].maps.nbytes
+
+
+# -- entries that share tokens -----------------------------------------------------------------
+
+# Novelty up to which edits are tolerated here.
+NOVELTY = 0.3
+
+
+def shared(sources: dict[Source, Groups], gate: float = NOVELTY) -> Plan:
+    parts = {
+        source: SourcePlan(groups, {"neighbour": GATE, "aligned": gate}.get(source, 0.0))
+        for source, groups in sources.items()
+    }
+    return Plan(0, NUM_LAYERS, parts)
+
+
+def edit(entry_id: int, *places: int) -> np.ndarray:
+    """The tokens of an entry, other ones at these places."""
+    ids = tokens_of(entry_id).copy()
+    ids[list(places)] = 90_000 + np.arange(len(places))
+    return ids
+
+
+def overlap(*entries: int) -> list[Overlap]:
+    return [Overlap(entry_id, 5, LENGTHS[entry_id]) for entry_id in entries]
+
+
+def matched(
+    entry_id: int, ids: np.ndarray, aligned: float, prefix: float = 0.0, causal: bool = True
+) -> AlignedMatch:
+    """What the gate makes of an entry."""
+    gate = AlignedGate(causal, NOVELTY, aligned, prefix)
+    return gate.match(entry_id, align(ids, tokens_of(entry_id)))
+
+
+def assert_same_alignment(served: step.Served, expected: Any) -> None:
+    assert served.alignment is not None and expected is not None
+    assert served.alignment.rows.tolist() == expected.rows.tolist()
+    assert served.alignment.entry_rows.tolist() == expected.entry_rows.tolist()
+    assert served.alignment.entry_length == served.maps.length == expected.entry_length
+
+
+def hit_of(
+    plan: Plan, store: FakeStore, *ids: np.ndarray, layouts: Layouts | None = None
+) -> list[Hit | None]:
+    lookups = make_lookups(store, plan, layouts or {2: CAUSAL, 3: CAUSAL})
+    store.records.update(make_records(layouts or {2: CAUSAL, 3: CAUSAL}))
+    try:
+        return look_up(lookups, known(*ids))
+    finally:
+        lookups._thread.shutdown()
+
+
+def test_the_candidate_that_leaves_the_fewest_rows_to_compute_serves_the_rows_it_shares(
+    store: FakeStore,
+) -> None:
+    # Of entry 4 some tokens were edited; entries 3 and 0 share the beginning of one and the whole
+    # of the other.
+    first = edit(4, 20, 40, 41)
+    second = np.append(tokens_of(3), np.arange(3, dtype=np.int32) + 77)
+    store.overlapping = [overlap(3, 4), overlap(0, 3, 4), []]
+    unrelated = np.arange(30, dtype=np.int32) + 50_000
+    store.answers = [[]]
+    plan = shared({"aligned": ((), (), (0, 1), (1,)), "neighbour": ((), (), (0, 1), ())})
+    hits = hit_of(plan, store, first, second, unrelated)
+    [asked] = store.asked_overlaps
+    assert [s.tolist() for s in asked["sketches"]] == [
+        sketch(ids).tolist() for ids in (first, second, unrelated)
+    ]
+    assert (asked["neighbours"], asked["deadline"]) == (OVERLAPS, float("inf"))
+    assert store.read == [[0, 3, 4]]
+    assert store.loaded == [[3, 4]]
+    for hit, entry_id, ids in zip(hits[:2], (4, 3), (first, second), strict=True):
+        assert_maps_of(hit, entry_id, {2: CAUSAL, 3: CAUSAL}, "aligned")
+        assert hit is not None
+        match = matched(entry_id, ids, 3 / GROUPS)
+        for served in hit.served.values():
+            assert_same_alignment(served, match.aligned)
+        assert [served.maps.groups for served in hit.served.values()] == [(0, 1), (1,)]
+        lse = hit.served[3].maps.lse
+        assert lse is not None
+        assert set(lse.flatten().tolist()) == {float(entry_id)}
+    assert hits[2] is None
+
+
+def test_what_shares_tokens_comes_before_what_is_near(store: FakeStore) -> None:
+    store.overlapping = [overlap(4), []]
+    store.answers = [near(3)]
+    plan = shared({"aligned": ((), (), (0, 1), ()), "neighbour": EVERY_CAUSAL})
+    hits = hit_of(plan, store, edit(4, 20), edit(1, 1, 2, 3))
+    assert [hit.source if hit else None for hit in hits] == ["aligned", "neighbour"]
+    assert_maps_of(hits[1], 3, {2: CAUSAL, 3: CAUSAL})
+    # Only the second is looked up by its feature, which is its own.
+    [asked] = store.asked
+    assert asked["lengths"] == [(24, MAX_LENGTH)]
+    with torch.no_grad():
+        first, second = PROJECTOR(pooled(2)).numpy()
+    np.testing.assert_allclose(asked["features"], second[None], rtol=1e-3)
+    assert np.abs(first - second).max() > 0.1
+
+
+def test_layers_that_tolerate_no_approximation_take_the_rows_of_the_common_prefix(
+    store: FakeStore,
+) -> None:
+    store.overlapping = [overlap(4), overlap(4)]
+    edited, other = edit(4, 40, 50), np.append(tokens_of(4)[:30], 5).astype(np.int32)
+    plan = shared({"aligned": ((), (), (0, 1), ()), "prefix": ((), (), (), (0, 1))})
+    first, second = hit_of(plan, store, edited, other)
+    assert first is not None and second is not None
+    match = matched(4, edited, 2 / GROUPS, 2 / GROUPS)
+    assert first.source == "aligned"
+    assert {layer: served.source for layer, served in first.served.items()} == {
+        2: "aligned",
+        3: "prefix",
+    }
+    assert_same_alignment(first.served[2], match.aligned)
+    assert_same_alignment(first.served[3], match.prefix)
+    assert match.prefix is not None
+    assert match.prefix.rows.tolist() == list(range(40))
+    assert second.served.keys() == {2, 3}
+
+
+def test_edits_beyond_the_gate_leave_the_common_prefix(store: FakeStore) -> None:
+    layouts: Layouts = {1: CAUSAL, 2: CAUSAL, 3: CAUSAL}
+    sources: dict[Source, Groups] = {
+        "aligned": ((), (), (0, 1), ()),
+        "prefix": ((), (0, 1), (), (0, 1)),
+    }
+    ids = edit(4, *range(24, 64, 3))
+    store.overlapping = [overlap(4)]
+    found = [hit_of(shared(sources, gate), store, ids, layouts=layouts)[0] for gate in (0.05, 0.2)]
+    assert [(hit.source, set(hit.served)) for hit in found if hit] == [
+        ("prefix", {1, 3}),
+        ("aligned", {1, 2, 3}),
+    ]
+    # Fewer rows than are worth it: the other sources serve more.
+    few: dict[Source, Groups] = {**sources, "prefix": ((), (), (), (0, 1))}
+    assert hit_of(shared(few, 0.05), store, ids, layouts=layouts) == [None]
+
+
+def test_a_window_that_is_shorter_than_either_text_leaves_the_layer_exact(
+    store: FakeStore,
+) -> None:
+    # A window of 24: the entry of 24 tokens and a text of as many see all, one of 25 does not.
+    wide = MapLayout(4, 2, Mask(window=24))
+    layouts: Layouts = {2: CAUSAL, 3: wide}
+    store.overlapping = [overlap(1), overlap(1), overlap(3)]
+    longer = np.append(tokens_of(1), 7).astype(np.int32)
+    plan = shared({"aligned": ((), (), (0, 1), (0, 1))})
+    hits = hit_of(plan, store, edit(1, 12), longer, tokens_of(3)[:24], layouts=layouts)
+    assert [hit.served.keys() if hit else None for hit in hits] == [{2, 3}, {2}, {2}]
+
+
+def test_a_match_whose_layers_all_have_short_windows_is_no_hit(store: FakeStore) -> None:
+    store.overlapping = [overlap(3)]
+    store.answers = [near(4)]
+    layouts: Layouts = {3: WINDOWED}
+    plan = shared({"aligned": EVERY, "neighbour": EVERY})
+    [hit] = hit_of(plan, store, edit(3, 12), layouts=layouts)
+    assert_maps_of(hit, 4, layouts)
+
+
+def test_bidirectional_texts_keep_no_prefix_and_compute_their_first_token(
+    store: FakeStore,
+) -> None:
+    layouts: Layouts = {2: BIDIRECTIONAL, 3: BIDIRECTIONAL}
+    store.overlapping = [overlap(4)]
+    ids = edit(4, 40)
+    plan = shared({"aligned": ((), (), (0, 1), ()), "prefix": ((), (), (), (0, 1))})
+    [hit] = hit_of(plan, store, ids, layouts=layouts)
+    assert hit is not None
+    assert hit.served.keys() == {2}
+    match = matched(4, ids, 2 / GROUPS, 2 / GROUPS, causal=False)
+    assert_same_alignment(hit.served[2], match.aligned)
+    assert match.aligned is not None
+    assert {0, 40, 63}.isdisjoint(match.aligned.rows.tolist())
+
+
+def test_texts_whose_tokens_are_unknown_are_looked_up_by_feature_only(
+    store: FakeStore, lookups: Lookups
+) -> None:
+    lookups = make_lookups(store, shared({"aligned": EVERY, "neighbour": EVERY}))
+    store.answers = [near(3)]
+    assert_maps_of(look_up(lookups, [20])[0], 3)
+    assert store.asked_overlaps == []
+
+
+def test_a_plan_without_neighbours_needs_no_features(store: FakeStore) -> None:
+    lookups = make_lookups(store, shared({"aligned": EVERY}), {2: CAUSAL})
+    assert not lookups.uses_features
+    store.overlapping = [overlap(4)]
+    future = lookups.start(known(edit(4, 20)), None, float("inf"))
+    assert future is not None
+    [hit] = future.result(timeout=60)
+    lookups._thread.shutdown()
+    assert hit is not None and hit.source == "aligned"
+    assert store.asked == []
+
+
+@pytest.mark.parametrize("damage", ["tokens", "maps"])
+def test_a_damaged_candidate_leaves_the_sequence_to_the_next(store: FakeStore, damage: str) -> None:
+    layouts: Layouts = {2: CAUSAL, 3: CAUSAL}
+    plan = shared({"aligned": EVERY_CAUSAL, "neighbour": EVERY_CAUSAL}, gate=1.0)
+    lookups = make_lookups(store, plan, layouts)
+    store.records.update(make_records(layouts))
+    store.overlapping, store.answers = [overlap(4, 3)], [near(3)]
+    ids = np.concatenate([tokens_of(3)[:16], tokens_of(4)[:20]])
+    assert_maps_of(look_up(lookups, known(ids))[0], 4, layouts, "aligned")
+    lookups._thread.shutdown()
+
+    lookups, before = make_lookups(store, plan, layouts), faults("damaged record")
+    assert store.records[4] is not None
+    store.records[4] = None if damage == "tokens" else other_model(store.records[4], layer=2)
+    [hit] = look_up(lookups, known(ids))
+    # Without its tokens it is no candidate; that its maps are damaged is known too late for the
+    # next one to be aligned.
+    assert_maps_of(hit, 3, layouts, "aligned" if damage == "tokens" else "neighbour")
+    assert faults("damaged record") == before + (damage == "maps")
+    lookups._thread.shutdown()
+
+
+def test_maps_of_aligned_matches_stay_in_memory_apart_from_those_of_neighbours(
+    store: FakeStore,
+) -> None:
+    plan = shared({"aligned": ((), (), (0,), (0, 1)), "neighbour": ((), (), (0, 1), ())})
+    lookups = make_lookups(store, plan, {2: CAUSAL, 3: CAUSAL})
+    store.records.update(make_records({2: CAUSAL, 3: CAUSAL}))
+    store.overlapping, store.answers = [overlap(4), []], [near(4)]
+    for _ in range(2):
+        aligned, neighbour = look_up(lookups, known(edit(4, 20), edit(0, 1)))
+        assert aligned is not None and neighbour is not None
+        assert aligned.served[2].maps.groups == (0,)
+        assert neighbour.served[2].maps.groups == (0, 1)
+    lookups._thread.shutdown()
+    assert store.loaded == [[4], [4]]
 
 
 # -- memory ------------------------------------------------------------------------------------
@@ -347,11 +622,11 @@ def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups)
     second = look_up(lookups, [20, 20])
     assert store.loaded == [[1, 3], [4]]
     assert first[1] is not None and second[0] is not None
-    assert all(second[0].maps[layer] is first[1].maps[layer] for layer in LAYERS)
+    assert all(second[0].served[i].maps is first[1].served[i].maps for i in LAYERS)
     held = lookups.resident.stats()
     assert held.entries == 3
     assert held.bytes == sum(
-        maps.nbytes for hit in (*first, second[1]) if hit for maps in hit.maps.values()
+        served.maps.nbytes for hit in (*first, second[1]) if hit for served in hit.served.values()
     )
 
 
@@ -364,8 +639,10 @@ def test_memory_for_maps_is_bounded_by_the_settings(store: FakeStore) -> None:
 # -- faults ------------------------------------------------------------------------------------
 
 
-def other_model(record: Record) -> Record:
-    return replace(record, maps={layer: m[:-2] for layer, m in record.maps.items()})
+def other_model(record: Record, layer: int | None = None) -> Record:
+    """Whose maps, or that of one layer, have another size."""
+    maps = {i: m[:-2] if layer in (None, i) else m for i, m in record.maps.items()}
+    return replace(record, maps=maps)
 
 
 def without_layer(record: Record, layer: int) -> Record:
@@ -406,18 +683,21 @@ def test_a_record_that_cannot_be_used_is_a_miss_of_its_sequences_only(
         (RuntimeError("a bug"), "internal"),
     ],
 )
-@pytest.mark.parametrize("call", ["fail_lookup", "fail_load"])
+@pytest.mark.parametrize("call", ["lookup", "load", "overlaps", "token_ids"])
 def test_a_fault_reaches_the_step_is_counted_and_ends_with_its_cause(
-    store: FakeStore, lookups: Lookups, call: str, error: Exception, kind: str
+    store: FakeStore, call: str, error: Exception, kind: str
 ) -> None:
     before = faults(kind)
-    store.answers = [near(1)]
-    setattr(store, call, error)
-    future = begin(lookups, [20])
+    lookups = make_lookups(store, shared({"aligned": EVERY, "neighbour": EVERY}))
+    store.answers, store.overlapping = [near(1)], [[]]
+    store.fail[call] = error
+    asked = known(tokens_of(0))
+    future = begin(lookups, asked)
     assert future.exception(timeout=60) is error
     assert faults(kind) == before + 1
-    setattr(store, call, None)
-    assert_maps_of(look_up(lookups, [20])[0], 1)
+    store.fail.clear()
+    assert_maps_of(look_up(lookups, asked)[0], 1)
+    lookups._thread.shutdown()
 
 
 def test_answers_that_do_not_fit_the_batch_are_a_fault(store: FakeStore, lookups: Lookups) -> None:
@@ -433,102 +713,9 @@ def test_a_slow_store_gets_no_second_lookup_until_it_has_answered(
     store.answers = [near(1)]
     store.may_answer.clear()
     slow = begin(lookups, [20])
-    assert lookups.start(pooled(1), [20], deadline=float("inf")) is None
-    assert lookups.start(pooled(1), [20], deadline=float("inf")) is None
+    assert lookups.start(unknown([20]), pooled(1), deadline=float("inf")) is None
+    assert lookups.start(unknown([20]), pooled(1), deadline=float("inf")) is None
     store.may_answer.set()
     assert_maps_of(slow.result(timeout=60)[0], 1)
     assert_maps_of(look_up(lookups, [20])[0], 1)
     assert len(store.asked) == 2
-
-
-# -- a step from the feature layer on ----------------------------------------------------------
-
-FEATURE_LAYER = "model.layers.0.self_attn.attn"
-
-
-def make_serving(lookups: Lookups, **changes: Any) -> Serving:
-    # The deadline is not what these tests are about, whatever else the machine does.
-    update = {"min_tokens": 4, "lookup_deadline_ms": 60_000.0, **changes}
-    given = Settings(store=Path("maps")).model_copy(update=update)
-    return Serving(PLAN, lookups, given, PROJECTOR.slots, FEATURE_LAYER)
-
-
-def observe(serving: Serving, metadata: Any, hidden_states: torch.Tensor) -> Step | None:
-    context = ForwardContext(
-        no_compile_layers={}, attn_metadata={FEATURE_LAYER: metadata}, slot_mapping={}
-    )
-    with override_forward_context(context):
-        serving.observe(hidden_states)
-        return serving.current()
-
-
-def hidden(tokens: int) -> torch.Tensor:
-    return torch.randn(tokens, 6, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-
-
-def test_whole_sequences_that_are_long_enough_are_looked_up_and_the_others_bypassed(
-    store: FakeStore, lookups: Lookups
-) -> None:
-    store.answers = [near(1), near(4)]
-    serving = make_serving(lookups)
-    # Whole but short, whole, the end of a longer one, padding, whole, the beginning of another.
-    metadata = batch(
-        [3, 5, 6, 0, 4, 7], context=[3, 5, 16, 0, 4, 7], prompts=[3, 5, 16, 0, 4, 9], padding=2
-    )
-    states = hidden(25 + 2)
-    step = observe(serving, metadata, states)
-    assert step is not None
-    assert step.maps_for(2).keys() == {1, 4}
-    [asked] = store.asked
-    assert asked["lengths"] == [(5, MAX_LENGTH), (4, MAX_LENGTH)]
-    expected = torch.stack([pool_tokens(states[3:8], 2), pool_tokens(states[14:18], 2)])
-    with torch.no_grad():
-        np.testing.assert_allclose(asked["features"], PROJECTOR(expected.half()).numpy(), rtol=1e-6)
-    assert serving.outcomes.sequences == {"hit": 2, "bypass": 2}
-    assert serving.outcomes.reasons == {
-        "bypass: only a part of the prompt in the step": 1,
-        "bypass: shorter than min_tokens": 1,
-    }
-
-
-def test_a_step_with_nothing_to_look_up_asks_no_store(store: FakeStore, lookups: Lookups) -> None:
-    serving = make_serving(lookups)
-    step = observe(serving, batch([3, 2]), hidden(5))
-    assert step is not None
-    assert step.maps_for(2) == {}
-    assert store.asked == []
-    assert serving.outcomes.sequences == {"bypass": 2}
-
-
-def test_a_step_during_a_slow_lookup_misses_at_once(store: FakeStore, lookups: Lookups) -> None:
-    store.answers = [near(1)]
-    store.may_answer.clear()
-    serving = make_serving(lookups)
-    slow = observe(serving, batch([5]), hidden(5))
-    meanwhile = observe(serving, batch([5, 6]), hidden(11))
-    assert slow is not None and meanwhile is not None
-    assert meanwhile.maps_for(2) == {}
-    assert serving.outcomes.reasons == {"miss: lookup still running": 2}
-    store.may_answer.set()
-    assert slow.maps_for(2).keys() == {0}
-    assert serving.outcomes.sequences == {"hit": 1, "miss": 2}
-
-
-def test_a_store_that_is_slower_than_the_deadline_is_a_miss(
-    store: FakeStore, lookups: Lookups
-) -> None:
-    store.may_answer.clear()
-    serving = make_serving(lookups, lookup_deadline_ms=20.0)
-    step = observe(serving, batch([5]), hidden(5))
-    assert step is not None
-    assert step.maps_for(2) == {}
-    assert serving.outcomes.reasons == {"miss: late": 1}
-
-
-def test_there_is_no_step_while_vllm_profiles(store: FakeStore, lookups: Lookups) -> None:
-    serving = make_serving(lookups)
-    context = ForwardContext(no_compile_layers={}, attn_metadata=None, slot_mapping={})
-    with override_forward_context(context):
-        serving.observe(hidden(5))
-        assert serving.current() is None
-    assert store.asked == []

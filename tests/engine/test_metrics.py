@@ -18,20 +18,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_log_line_tells_outcomes_and_reasons_by_frequency(clock: list[float]) -> None:
     outcomes = Outcomes(30, _last_log=clock[0])
-    outcomes.hit(3)
-    outcomes.miss("late", 1)
+    for source in ("template", "template", "template", "aligned"):
+        outcomes.hit(source)
+    outcomes.canary("aligned")
     outcomes.miss("nothing close enough", 2)
     outcomes.bypass("sliding window", 1)
     clock[0] += 30
     assert outcomes.log_line() == (
-        "3 hit, 3 miss, 1 bypass "
-        "(miss: nothing close enough 2, miss: late 1, bypass: sliding window 1)"
+        "4 hit, 3 miss, 1 bypass (hit: template 3, miss: nothing close enough 2, hit: aligned 1, "
+        "miss: canary 1, bypass: sliding window 1)"
     )
 
 
 def test_the_log_line_comes_once_per_interval(clock: list[float]) -> None:
     outcomes = Outcomes(30, _last_log=clock[0])
-    outcomes.hit(1)
+    outcomes.hit("neighbour")
     lines = []
     for _ in range(9):
         clock[0] += 10
@@ -45,20 +46,28 @@ def test_nothing_is_logged_before_something_happened(clock: list[float]) -> None
     assert outcomes.log_line() is None
     outcomes.miss("late", 0)
     assert outcomes.log_line() is None
-    outcomes.hit(1)
-    assert outcomes.log_line() == "1 hit, 0 miss, 0 bypass"
+    outcomes.hit("neighbour")
+    assert outcomes.log_line() == "1 hit, 0 miss, 0 bypass (hit: neighbour 1)"
 
 
-def test_outcomes_and_reasons_reach_prometheus() -> None:
+def test_outcomes_sources_and_reasons_reach_prometheus() -> None:
     names = [
         ("attncache_sequences_total", {"outcome": "bypass"}),
         ("attncache_bypasses_total", {"reason": "of this test"}),
         ("attncache_sequences_total", {"outcome": "miss"}),
         ("attncache_misses_total", {"reason": "of this test"}),
+        ("attncache_misses_total", {"reason": "canary"}),
+        ("attncache_canaries_total", {"source": "template"}),
+        ("attncache_sequences_total", {"outcome": "hit"}),
+        ("attncache_hits_total", {"source": "neighbour"}),
+        ("attncache_hits_total", {"source": "template"}),
     ]
     before = [counted(name, **labels) for name, labels in names]
     outcomes = Outcomes(30)
     outcomes.bypass("of this test", 4)
     outcomes.miss("of this test", 2)
+    # A canary is answered exactly: a miss, and no hit of its source.
+    outcomes.canary("template")
+    outcomes.hit("neighbour")
     after = [counted(name, **labels) for name, labels in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 4, 2, 2]
+    assert [b - a for a, b in zip(before, after, strict=True)] == [4, 4, 3, 2, 1, 1, 1, 1, 0]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from attention_samples import (
@@ -33,12 +34,12 @@ from attncache_vllm.engine import ops, record
 from attncache_vllm.engine.modules import find_attention_modules
 from attncache_vllm.engine.record import Recorder, RecorderExtension, RecordModule, RecordScores
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import exact_probs
+from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import pool_tokens
-from attncache_vllm.store import LocalStore
+from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.store import LocalStore, token_hash
 
-HASH = bytes(range(32))
 FAMILIES = {
     "causal": (LlamaAttention, Shape()),
     "multi-query, window": (ModernAttention, Shape(kv_heads=1, window=24, dtype=torch.bfloat16)),
@@ -65,11 +66,15 @@ class Recording:
         ops.observe_input(self.found, self.recorder.observe)
 
     def stored(self) -> Any:
-        self.recorder.commit(HASH)
+        self.recorder.commit(ids(self.recorder.length))
         self.recorder.close()
         with LocalStore.open(self.path, writable=True) as store:
             ((_, found),) = store.records()
             return found
+
+
+def ids(length: int) -> list[int]:
+    return [7 * i % 11 for i in range(length)]
 
 
 Record = Callable[..., Recording]
@@ -95,13 +100,15 @@ def test_a_recorded_text_is_answered_exactly_and_its_map_kept(
     # The runner may have padded the step.
     assert torch.equal(run(module, [whole(rows)], padding=2)[:70], exact)
     found = recorded.stored()
-    assert (found.token_hash, found.length, found.codec) == (HASH, 70, CODEC)
+    assert (found.token_hash, found.length, found.codec) == (token_hash(ids(70)), 70, CODEC)
+    assert found.token_ids.tolist() == ids(70)
+    assert np.array_equal(found.sketch, sketch(found.token_ids))
     pooled = pool_tokens(rows, 4).half().float()
     torch.testing.assert_close(torch.tensor(found.pooled), pooled)
     positions = None if isinstance(module, BertAttention) else torch.arange(70)
     query, key, _ = module.heads(rows, positions)
     layout = recorded.found.layout
-    probs = exact_probs(query, key, module.attn.impl.scale, layout.mask)
+    probs, _ = exact_map(query, key, module.attn.impl.scale, layout.mask)
     maps = decode_map(torch.tensor(found.maps[1]), layout, 70)
     torch.testing.assert_close(maps.to_dense(), probs.bfloat16())
     assert 0 < recorded.recorder.parity[1] < 2**-8
@@ -116,7 +123,7 @@ def test_capped_scores_are_recorded_capped(recording: Record) -> None:
         run(module, [whole(text(1, 40))])
     query, key, _ = module.heads(text(1, 40), torch.arange(40))
     layout = recorded.found.layout
-    probs = exact_probs(query, key, module.attn.impl.scale, layout.mask, soft_cap=0.5)
+    probs, _ = exact_map(query, key, module.attn.impl.scale, layout.mask, soft_cap=0.5)
     kept = recorded.recorder.kept(1, layout, torch.device("cpu"))
     torch.testing.assert_close(kept.to_dense(), probs.bfloat16())
 
@@ -215,16 +222,28 @@ def test_nothing_is_recorded_while_vllm_profiles(recording: Record) -> None:
         module(torch.arange(9), text(1, 9))
     assert recorded.recorder.length == 0
     with pytest.raises(AttnCacheError, match=r"got layers \[\] of \[1\]"):
-        recorded.recorder.commit(HASH)
+        recorded.recorder.commit(ids(9))
 
 
 def test_a_text_is_committed_once(recording: Record) -> None:
     module = make_module()
     recorded = recording(module)
     run(module, [whole(text(1, 9))])
-    recorded.recorder.commit(HASH)
+    recorded.recorder.commit(ids(9))
     with pytest.raises(AttnCacheError, match=r"got layers \[\] of \[1\]"):
-        recorded.recorder.commit(HASH)
+        recorded.recorder.commit(ids(9))
+
+
+@pytest.mark.parametrize("length", [8, 10])
+def test_a_text_is_not_committed_with_the_token_ids_of_another(
+    recording: Record, length: int
+) -> None:
+    module = make_module()
+    recorded = recording(module)
+    run(module, [whole(text(1, 9))])
+    with pytest.raises(AttnCacheError, match=f"must be the 9 that the model saw, got {length}"):
+        recorded.recorder.commit(ids(length))
+    assert recorded.recorder.stats()["entries"] == 0
 
 
 def test_a_text_that_missed_a_layer_is_not_committed(recording: Record) -> None:
@@ -233,7 +252,7 @@ def test_a_text_that_missed_a_layer_is_not_committed(recording: Record) -> None:
     with step_of([module.attn], [whole(text(1, 9))]):
         recorded.recorder.observe(inputs_of([whole(text(1, 9))]))
     with pytest.raises(AttnCacheError, match=r"got layers \[\] of \[1\]"):
-        recorded.recorder.commit(HASH)
+        recorded.recorder.commit(ids(9))
 
 
 # -- the worker's methods ----------------------------------------------------------------------
@@ -253,7 +272,7 @@ def test_the_workers_methods_reach_the_active_recorder(
     assert worker.attncache_layouts() == [(1, 6, 1, True, 24)]
     assert worker.attncache_stats()["entries"] == 0
     run(module, [whole(text(1, 9))])
-    stats = worker.attncache_commit(HASH)
+    stats = worker.attncache_commit(ids(9))
     assert stats["entries"] == 1
     assert stats["bytes"] > 0
     assert stats["parity"].keys() == {1}

@@ -3,50 +3,66 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from concurrent.futures import CancelledError, Future
 from dataclasses import replace
 from itertools import accumulate
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from batches import batch, counted, slot, source, spans
+from batches import batch, slot, source, spans
 from hypothesis import given
 from hypothesis import strategies as st
 
 from attncache_vllm.engine import compat
-from attncache_vllm.engine.metrics import Outcomes
 from attncache_vllm.engine.step import (
+    Decision,
     Hit,
     Prompts,
     Sequence,
+    Served,
     Split,
     Step,
     prompts_of,
     split_batch,
 )
 from attncache_vllm.errors import StoreError, StoreTimeout
+from attncache_vllm.reuse.align import align
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.match import Match
-from attncache_vllm.reuse.plan import LayerPlan, Plan
+from attncache_vllm.reuse.plan import Source
 
 # -- which prompts a step holds ----------------------------------------------------------------
+
+
+def found_in(prompts: Prompts) -> tuple[list[tuple[int, int, int]], int]:
+    """Row, start and length of the whole prompts, and how many others end."""
+    return [(seq.row, seq.start, seq.length) for seq in prompts.whole], prompts.ending
 
 
 def test_a_step_tells_whole_prompts_from_those_that_end_and_those_that_go_on() -> None:
     # Whole, a first chunk, a middle one, a last one, padding, one that generates, a whole token.
     lengths, context = [3, 2, 2, 4, 0, 1, 1], [3, 2, 7, 9, 0, 6, 1]
     found = prompts_of(source(lengths, context, prompts=[3, 8, 8, 9, 0, 5, 1]))
-    assert found == Prompts(whole=[Sequence(0, 0, 3), Sequence(6, 12, 1)], ending=1)
+    assert found_in(found) == ([(0, 0, 3), (6, 12, 1)], 1)
 
 
-def test_without_prompt_lengths_every_row_from_the_first_token_on_is_whole() -> None:
+def test_whole_prompts_come_with_their_token_ids_if_they_are_known() -> None:
+    ids = np.array([5, 6, 7], np.int32)
+    prompts = [compat.Prompt(2), compat.Prompt(3, ids)]
+    first, second = prompts_of(source([2, 3], prompts=prompts)).whole
+    assert first.token_ids is None
+    assert second.token_ids is ids
+
+
+def test_without_prompts_every_row_from_the_first_token_on_is_whole() -> None:
     # Nobody parts prompts then; padding and rows with context are no prompts.
     found = prompts_of(source([3, 2, 0, 1], context=[3, 7, 0, 1]))
-    assert found == Prompts(whole=[Sequence(0, 0, 3), Sequence(3, 5, 1)], ending=0)
+    assert found_in(found) == ([(0, 0, 3), (3, 5, 1)], 0)
+    assert {sequence.token_ids for sequence in found.whole} == {None}
 
 
 @pytest.mark.parametrize("prompts", [None, [3, 7]])
@@ -55,7 +71,7 @@ def test_context_lengths_come_from_the_device_where_the_cpu_has_none(
 ) -> None:
     found = source([3, 2], context=[3, 7], prompts=prompts)
     found = replace(found, common=found.common.replace(seq_lens_cpu_upper_bound=None))
-    assert prompts_of(found) == Prompts([Sequence(0, 0, 3)], 0 if prompts is None else 1)
+    assert found_in(prompts_of(found)) == ([(0, 0, 3)], 0 if prompts is None else 1)
 
 
 @st.composite
@@ -94,8 +110,9 @@ def test_every_prompt_counts_once_however_it_is_cut_and_batched(
         context = [computed[prompt] + tokens for prompt, tokens in step]
         found = prompts_of(source(rows, context, [lengths[prompt] for prompt, _ in step]))
         # Whole is what is computed in one step from its first token to its last.
-        assert found.whole == [
-            Sequence(row, edge.start, len(edge))
+        whole, ending = found_in(found)
+        assert whole == [
+            (row, edge.start, len(edge))
             for row, ((prompt, tokens), edge) in enumerate(zip(step, spans(rows), strict=True))
             if computed[prompt] == 0 and tokens == lengths[prompt]
         ]
@@ -104,7 +121,7 @@ def test_every_prompt_counts_once_however_it_is_cut_and_batched(
             for prompt, tokens in step
             if computed[prompt] < lengths[prompt] == computed[prompt] + tokens
         ]
-        assert len(found.whole) + found.ending == len(ended)
+        assert len(whole) + ending == len(ended)
         counts += len(ended)
         for prompt, tokens in step:
             computed[prompt] += tokens
@@ -207,33 +224,92 @@ def test_sub_metadata_remembers_its_own_source_and_leaves_the_batch_as_it_was() 
     assert own is not None
     assert own.builder is whole.builder
     assert own.common is split.misses.attn_metadata.common
+    assert [own.row_in_batch(row) for row in range(2)] == [0, 2]
+    assert [whole.row_in_batch(row) for row in range(3)] == [0, 1, 2]
     assert whole.common.query_start_loc_cpu.tolist() == [0, 3, 5, 9]
 
 
-def test_layers_that_share_metadata_and_hits_share_the_split(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@given(st.data())
+def test_rows_of_a_part_of_a_part_are_still_those_of_the_batch(data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=3, max_size=8))
+    rows, found = list(range(len(lengths))), source(lengths)
+    while len(rows) > 1:
+        hits = data.draw(
+            st.sets(st.sampled_from(range(len(rows))), min_size=1).filter(
+                lambda hits, rows=rows: len(hits) < len(rows)
+            )
+        )
+        split = split_batch(found, hits)
+        assert split.misses is not None
+        part = compat.metadata_source(split.misses.attn_metadata)
+        assert part is not None
+        rows, found = [row for at, row in enumerate(rows) if at not in hits], part
+        assert [found.row_in_batch(row) for row in range(found.common.num_reqs)] == rows
+        # What is computed of them is theirs.
+        positions = [slot(row, p) for row in rows for p in range(lengths[row])]
+        assert found.common.slot_mapping.tolist() == positions
+
+
+def test_layers_that_share_metadata_and_hits_share_the_split() -> None:
     shared, other = batch([2, 3]), batch([2, 3])
-    metadata = {"layer.0": shared, "layer.1": shared, "layer.2": other}
-    monkeypatch.setattr(compat, "layer_metadata", metadata.__getitem__)
     step = make_step(Future(), rows=(0, 1))
-    assert step.split("layer.0", (0,)) is step.split("layer.1", (0,))
-    assert step.split("layer.0", (0,)) is not step.split("layer.0", (1,))
-    assert step.split("layer.0", (0,)) is not step.split("layer.2", (0,))
+    assert step.split(shared, (0,)) is step.split(shared, (0,))
+    assert step.split(shared, (0,)) is not step.split(shared, (1,))
+    assert step.split(shared, (0,)) is not step.split(other, (0,))
 
 
-# -- what a layer may reuse --------------------------------------------------------------------
-
-PLAN = Plan(0, (LayerPlan("exact"), LayerPlan("cached", 0.25), LayerPlan("cached", 0.5)))
+# -- what serves a layer -----------------------------------------------------------------------
 
 
-def make_maps() -> RowBlocks:
-    return RowBlocks(MapLayout(1, 1, Mask()), length=9, blocks=())
+def make_maps(*groups: int) -> RowBlocks:
+    return RowBlocks(MapLayout(6, 3, Mask()), length=9, groups=groups or (0, 1, 2), blocks=())
 
 
-def make_hit(distance: float, *layers: int) -> Hit:
-    match = Match(entry_id=1, distance=distance, length=4, entry_length=9)
-    return Hit(match, {layer: make_maps() for layer in layers or (1, 2)})
+def test_rows_count_once_for_each_kv_group_that_takes_them_from_a_map() -> None:
+    tokens, stored = np.array([1, 2, 3, 9, 4, 5, 6]), np.array([1, 2, 3, 4, 5, 6])
+    alignment = align(tokens.astype(np.int32), stored.astype(np.int32))
+    assert Served("template", make_maps(0, 2)).rows_reused(7) == 2 * 7
+    assert Served("aligned", make_maps(0, 2), alignment).rows_reused(7) == 2 * 6
+
+
+def test_a_layer_is_served_whole_if_no_head_and_no_row_of_it_needs_a_query() -> None:
+    ids = np.arange(4, dtype=np.int32)
+    alignment = align(ids, ids)
+
+    whole, part = Served("template", make_maps()), Served("template", make_maps(0, 2))
+    assert (whole.all_heads, whole.whole) == (True, True)
+    assert (part.all_heads, part.whole) == (False, False)
+    aligned = Served("aligned", make_maps(), alignment)
+    assert (aligned.all_heads, aligned.whole) == (True, False)
+    assert (whole.heads, part.heads) == ([0, 1, 2, 3, 4, 5], [0, 1, 4, 5])
+
+
+# -- a step and its decision -------------------------------------------------------------------
+
+
+def make_hit(*layers: int) -> Hit:
+    return Hit("neighbour", {layer: Served("neighbour", make_maps()) for layer in layers or (1, 2)})
+
+
+class Deciding:
+    """Serves what was found, of odd rows as canaries; writes down what it was asked."""
+
+    def __init__(self, *tripped: tuple[int, Source]) -> None:
+        self.asked: list[SimpleNamespace] = []
+        self.trips = set(tripped)
+
+    def decide(
+        self, sequences: list[Sequence], found: list[Hit | None], reason: str | None
+    ) -> Decision:
+        self.asked.append(SimpleNamespace(sequences=sequences, found=found, reason=reason))
+        hits = {s.row: hit for s, hit in zip(sequences, found, strict=True) if hit is not None}
+        return Decision(
+            {row: hit for row, hit in hits.items() if row % 2 == 0},
+            {row: hit for row, hit in hits.items() if row % 2},
+        )
+
+    def tripped(self, layer: int, source: Source) -> bool:
+        return (layer, source) in self.trips
 
 
 def make_step(
@@ -241,11 +317,12 @@ def make_step(
     rows: tuple[int, ...],
     *,
     seconds: float = 60,
-    outcomes: Outcomes | None = None,
+    deciding: Deciding | None = None,
+    reason: str | None = None,
 ) -> Step:
     sequences = [Sequence(row, 4 * row, 4) for row in rows]
-    deadline = time.monotonic() + seconds
-    return Step(PLAN, sequences, lookup, deadline, outcomes or Outcomes(math.inf))
+    deadline, deciding = time.monotonic() + seconds, deciding or Deciding()
+    return Step(sequences, lookup, deadline, deciding.decide, deciding.tripped, reason)
 
 
 def found(*hits: Hit | None) -> Future[list[Hit | None]]:
@@ -260,55 +337,77 @@ def failed(error: BaseException) -> Future[list[Hit | None]]:
     return future
 
 
-def test_maps_are_found_by_row_of_the_batch() -> None:
-    first, second = make_hit(0.1), make_hit(0.2)
-    step = make_step(found(first, None, second), rows=(1, 2, 4))
-    assert step.maps_for(1) == {1: first.maps[1], 4: second.maps[1]}
-    assert step.maps_for(2)[4] is second.maps[2]
+def test_hits_and_canaries_are_found_by_row_of_the_batch() -> None:
+    first, second, third = make_hit(), make_hit(), make_hit()
+    step = make_step(found(first, None, second, third), rows=(1, 2, 4, 6))
+    assert step.served(1) == {4: second.served[1], 6: third.served[1]}
+    assert step.canaries(1) == {1: first.served[1]}
+    assert step.served(2)[6] is third.served[2]
+    assert step.canaries(2)[1] is first.served[2]
 
 
-def test_each_layer_has_its_own_gate() -> None:
-    near, between, far = make_hit(0.25), make_hit(0.26), make_hit(0.51)
-    step = make_step(found(near, between, far), rows=(0, 1, 2))
-    assert step.maps_for(1).keys() == {0}
-    assert step.maps_for(2).keys() == {0, 1}
+def test_a_layer_that_nothing_serves_is_computed() -> None:
+    step = make_step(found(make_hit(1), make_hit(1, 2), make_hit(1)), rows=(0, 2, 3))
+    assert step.served(2).keys() == {2}
+    assert step.canaries(2).keys() == set()
 
 
-def test_a_layer_the_entry_has_no_map_of_is_computed() -> None:
-    step = make_step(found(make_hit(0.1, 1), make_hit(0.1, 1, 2)), rows=(0, 1))
-    assert step.maps_for(2).keys() == {1}
+def test_a_layer_that_tripped_is_computed_where_that_source_would_serve_it() -> None:
+    prefix, aligned = (Served(source, make_maps()) for source in ("prefix", "aligned"))
+    hits = found(Hit("aligned", {1: prefix, 2: aligned}), make_hit(), make_hit())
+    deciding = Deciding((2, "aligned"), (1, "neighbour"))
+    step = make_step(hits, rows=(0, 2, 3), deciding=deciding)
+    assert step.served(1) == {0: prefix}
+    assert step.served(2).keys() == {2}
+    assert (step.canaries(1).keys(), step.canaries(2).keys()) == (set(), {3})
+    # At once, also in the middle of a step, and back as soon.
+    deciding.trips = {(2, "neighbour")}
+    assert (step.served(2).keys(), step.canaries(2).keys()) == ({0}, set())
 
 
-def test_a_step_without_a_lookup_reuses_and_counts_nothing() -> None:
-    outcomes = Outcomes(math.inf)
-    assert make_step(None, rows=(), outcomes=outcomes).maps_for(1) == {}
-    assert not outcomes.sequences
+def test_the_decision_is_made_once_however_many_layers_ask() -> None:
+    deciding, hit = Deciding(), make_hit()
+    step = make_step(found(hit, None), rows=(3, 4), deciding=deciding)
+    for _ in range(2):
+        step.canaries(1), step.served(1), step.served(2)
+    [asked] = deciding.asked
+    assert ([s.row for s in asked.sequences], asked.found) == ([3, 4], [hit, None])
+    assert asked.reason is None
+
+
+@pytest.mark.parametrize("reason", [None, "lookup still running"])
+def test_without_a_lookup_nothing_was_found_for_the_reason_given(reason: str | None) -> None:
+    deciding = Deciding()
+    assert make_step(None, rows=(2, 4), deciding=deciding, reason=reason).served(1) == {}
+    [asked] = deciding.asked
+    assert (asked.found, asked.reason) == ([None, None], reason)
 
 
 def test_a_lookup_that_ends_before_the_deadline_is_waited_for() -> None:
     future: Future[list[Hit | None]] = Future()
-    timer = threading.Timer(0.1, future.set_result, ([make_hit(0.1)],))
+    timer = threading.Timer(0.1, future.set_result, ([make_hit()],))
     timer.start()
-    outcomes = Outcomes(math.inf)
-    assert make_step(future, rows=(3,), outcomes=outcomes).maps_for(1).keys() == {3}
-    assert outcomes.sequences == {"hit": 1}
+    deciding = Deciding()
+    assert make_step(future, rows=(2,), deciding=deciding).served(1).keys() == {2}
+    assert deciding.asked[0].reason is None
 
 
-def test_a_lookup_that_is_late_is_a_miss_and_not_waited_for_any_longer() -> None:
-    outcomes = Outcomes(math.inf)
+def test_a_lookup_that_is_late_found_nothing_and_is_not_waited_for_any_longer() -> None:
+    deciding = Deciding()
     future: Future[list[Hit | None]] = Future()
     started = time.monotonic()  # before the deadline is set, 0.05 s from then
-    step = make_step(future, rows=(0, 1), seconds=0.05, outcomes=outcomes)
-    assert step.maps_for(1) == {}
+    step = make_step(future, rows=(0, 2), seconds=0.05, deciding=deciding)
+    assert step.served(1) == {}
     assert 0.05 <= time.monotonic() - started < 5
     # Also when the answer comes in the end: a later layer must not take what an earlier one missed.
-    future.set_result([make_hit(0.1), make_hit(0.1)])
-    assert step.maps_for(2) == {}
-    assert outcomes.reasons == {"miss: late": 2}
+    future.set_result([make_hit(), make_hit()])
+    assert step.served(2) == {}
+    [asked] = deciding.asked
+    assert (asked.found, asked.reason) == ([None, None], "late")
 
 
 def test_a_lookup_past_its_deadline_is_used_if_it_has_ended() -> None:
-    assert make_step(found(make_hit(0.1)), rows=(0,), seconds=-1).maps_for(1).keys() == {0}
+    assert make_step(found(make_hit()), rows=(0,), seconds=-1).served(1).keys() == {0}
 
 
 @pytest.mark.parametrize(
@@ -321,35 +420,11 @@ def test_a_lookup_past_its_deadline_is_used_if_it_has_ended() -> None:
         (CancelledError(), "store fault"),
     ],
 )
-def test_a_lookup_that_fails_is_a_miss_and_never_an_error(error: Exception, reason: str) -> None:
-    outcomes = Outcomes(math.inf)
-    before = counted("attncache_misses_total", reason=reason)
-    step = make_step(failed(error), rows=(0, 2), outcomes=outcomes)
-    assert step.maps_for(1) == step.maps_for(2) == {}
-    assert outcomes.sequences == {"miss": 2}
-    assert outcomes.reasons == {f"miss: {reason}": 2}
-    assert counted("attncache_misses_total", reason=reason) == before + 2
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=8), st.sampled_from(["found", "late", "fault"]))
-def test_every_sequence_has_one_outcome_however_many_layers_ask(
-    hits: list[bool], ending: str
+def test_a_lookup_that_fails_found_nothing_and_is_never_an_error(
+    error: Exception, reason: str
 ) -> None:
-    lookup = {
-        "found": found(*(make_hit(0.1) if hit else None for hit in hits)),
-        "late": failed(StoreTimeout("busy")),
-        "fault": failed(StoreError("gone")),
-    }[ending]
-    outcomes = Outcomes(math.inf)
-    names = ("hit", "miss")
-    before = {name: counted("attncache_sequences_total", outcome=name) for name in names}
-    step = make_step(lookup, rows=tuple(range(len(hits))), outcomes=outcomes)
-    reused = [step.maps_for(layer).keys() for layer in (1, 2, 1)]
-    expected = {row for row, hit in enumerate(hits) if hit and ending == "found"}
-    assert reused == [expected] * 3
-    assert outcomes.sequences["hit"] == len(expected)
-    assert outcomes.sequences.total() == len(hits)
-    assert outcomes.reasons.total() == outcomes.sequences["miss"]
-    for name in names:
-        since = counted("attncache_sequences_total", outcome=name) - before[name]
-        assert since == outcomes.sequences[name]
+    deciding = Deciding()
+    step = make_step(failed(error), rows=(0, 2), deciding=deciding)
+    assert step.served(1) == step.served(2) == step.canaries(1) == {}
+    [asked] = deciding.asked
+    assert (asked.found, asked.reason) == ([None, None], reason)

@@ -42,10 +42,10 @@ def random_qkv(
     return query * 3, key, value  # sharper than uniform rows
 
 
-def reference_probs(
+def reference_scores(
     query: Tensor, key: Tensor, mask: Mask, soft_cap: float | None = None
 ) -> Tensor:
-    """`[H, L, L]` float64, one head at a time."""
+    """`[H, L, L]` float64, one head at a time; minus infinity where the mask hides."""
     length, num_heads, head_size = query.shape
     group = num_heads // key.shape[1]
     hidden = ~visible(mask, length)
@@ -54,8 +54,15 @@ def reference_probs(
         scores = query[:, head].double() @ key[:, head // group].double().T * head_size**-0.5
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
-        heads.append(scores.masked_fill(hidden, float("-inf")).softmax(-1))
+        heads.append(scores.masked_fill(hidden, float("-inf")))
     return torch.stack(heads)
+
+
+def reference_probs(
+    query: Tensor, key: Tensor, mask: Mask, soft_cap: float | None = None
+) -> Tensor:
+    """`[H, L, L]` float64."""
+    return reference_scores(query, key, mask, soft_cap).softmax(-1)
 
 
 def product(probs: Tensor, value: Tensor) -> Tensor:

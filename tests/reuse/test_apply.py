@@ -10,15 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from map_samples import lengths, masks, product, random_qkv, reference_probs, visible
+from map_samples import (
+    lengths,
+    masks,
+    product,
+    random_qkv,
+    reference_probs,
+    reference_scores,
+    visible,
+)
 from torch import Tensor
 
 from attncache_vllm.reuse.apply import (
     RowBlocks,
     apply_map,
     block_bounds,
-    crop,
-    exact_probs,
+    exact_map,
 )
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
@@ -30,17 +37,17 @@ BIDIRECTIONAL = Mask(causal=False)
 
 heads = st.sampled_from(list(HEADS.values()))
 head_sizes = st.sampled_from([32, 64, 128, 256])
-bidirectional_masks = masks.filter(lambda mask: not mask.causal)
 
 
-def stored(probs: Tensor, num_kv_heads: int, mask: Mask) -> RowBlocks:
+def stored(probs: Tensor, num_kv_heads: int, mask: Mask, lse: Tensor | None = None) -> RowBlocks:
+    lse = torch.zeros(probs.shape[:2]) if lse is None else lse
     layout = MapLayout(len(probs), num_kv_heads, mask)
-    return decode_map(encode_map(probs, mask), layout, probs.shape[1])
+    return decode_map(encode_map(probs, lse, mask), layout, probs.shape[1])
 
 
 def own_map(query: Tensor, key: Tensor, mask: Mask) -> RowBlocks:
-    probs = exact_probs(query, key, query.shape[2] ** -0.5, mask)
-    return stored(probs, key.shape[1], mask)
+    probs, lse = exact_map(query, key, query.shape[2] ** -0.5, mask)
+    return stored(probs, key.shape[1], mask, lse)
 
 
 def random_map(length: int, num_heads: int, num_kv_heads: int, mask: Mask) -> RowBlocks:
@@ -152,68 +159,29 @@ def test_a_bidirectional_map_serves_its_own_length_only(length: int, mask: Mask)
         apply_map(maps, torch.zeros(length, 2, 8), torch.zeros(length, 32))
 
 
-# -- cropping ----------------------------------------------------------------------------------
+# -- some of the KV groups ---------------------------------------------------------------------
 
 
 @settings(deadline=None)
-@given(lengths, st.integers(1, 300), heads, bidirectional_masks)
-def test_a_cropped_map_is_the_leading_block_with_rows_that_sum_to_one(
-    length: int, more: int, heads: tuple[int, int], mask: Mask
+@given(lengths, st.sampled_from([(6, 3), (8, 4)]), masks, st.data())
+def test_only_the_heads_of_the_groups_held_are_written(
+    length: int, heads: tuple[int, int], mask: Mask, data: st.DataObject
 ) -> None:
-    whole = random_map(length + more, *heads, mask)
-    cropped = crop(whole, length)
-    block = whole.to_dense()[:, :length, :length].double()
-    expected = block / block.sum(-1, keepdim=True)
-    assert (cropped.layout, cropped.length) == (whole.layout, length)
-    dense = cropped.to_dense().double()
-    torch.testing.assert_close(dense, expected, rtol=1.01 * ROUNDOFF, atol=1e-30)
-    torch.testing.assert_close(
-        dense.sum(-1), torch.ones(heads[0], length).double(), rtol=0.004, atol=0
-    )
-
-
-@settings(deadline=None)
-@given(lengths, heads, bidirectional_masks)
-def test_a_cropped_map_can_be_applied(length: int, heads: tuple[int, int], mask: Mask) -> None:
-    cropped = crop(random_map(length + 70, *heads, mask), length)
-    _, _, value = random_qkv(length, *heads, HEAD_SIZE)
-    expected = product(cropped.to_dense(), value)
-    assert_close(applied(cropped, value), expected, value)
-
-
-def test_cropping_keeps_the_longer_map_as_it_was() -> None:
-    whole = random_map(130, 4, 2, BIDIRECTIONAL)
-    before = whole.to_dense()
-    crop(whole, 100)
-    assert torch.equal(whole.to_dense(), before)
-
-
-@pytest.mark.parametrize("window", [None, 8])
-def test_a_row_of_which_nothing_is_left_is_spread_over_what_it_sees(window: int | None) -> None:
-    mask = Mask(causal=False, window=window)
-    probs = torch.eye(200).expand(4, 200, 200).clone()
-    probs[3, 160, 160], probs[3, 160, 167] = 0, 1
-    probs[2, 161, 161], probs[2, 161, 167] = 1e-30, 1  # very little is not nothing
-    cropped = crop(stored(probs, 2, mask), 165)
-    expected = torch.eye(165).expand(4, 165, 165).clone()
-    seen = visible(mask, 165)[160]
-    expected[3, 160] = seen / seen.sum()
-    assert torch.equal(cropped.to_dense(), expected.bfloat16())
-
-
-def test_a_causal_map_and_one_of_that_length_already_are_not_cropped() -> None:
-    for mask in (Mask(), Mask(window=7)):
-        causal = random_map(20, 4, 2, mask)
-        assert crop(causal, 5) is causal
-    bidirectional = random_map(20, 4, 2, BIDIRECTIONAL)
-    assert crop(bidirectional, 20) is bidirectional
-
-
-@pytest.mark.parametrize("mask", [Mask(), BIDIRECTIONAL])
-@pytest.mark.parametrize("length", [0, -1, 21])
-def test_a_map_is_not_cropped_to_what_it_does_not_hold(length: int, mask: Mask) -> None:
-    with pytest.raises(ValueError, match="cropped to 1 to 20"):
-        crop(random_map(20, 4, 2, mask), length)
+    query, key, value = random_qkv(length, *heads, HEAD_SIZE)
+    probs, lse = exact_map(query, key, HEAD_SIZE**-0.5, mask)
+    chosen = data.draw(st.sets(st.integers(0, heads[1] - 1), min_size=1))
+    groups = tuple(sorted(chosen))
+    layout = MapLayout(*heads, mask)
+    part = decode_map(encode_map(probs, lse, mask), layout, length, groups)
+    whole = applied(stored(probs, heads[1], mask, lse), value).view(length, heads[1], -1)
+    out = torch.full((length, heads[0] * HEAD_SIZE), 7.0, dtype=torch.bfloat16)
+    apply_map(part, value, out)
+    for kv_head, written in enumerate(out.view(length, heads[1], -1).unbind(1)):
+        expected = whole[:, kv_head] if kv_head in groups else torch.tensor(7.0).bfloat16()
+        assert torch.equal(written, expected.expand_as(written))
+    dense = part.to_dense().view(heads[1], layout.group, length, length)
+    for kv_head, seen in enumerate(probs.view_as(dense).bfloat16()):
+        assert torch.equal(dense[kv_head], seen if kv_head in groups else torch.zeros_like(seen))
 
 
 # -- row blocks --------------------------------------------------------------------------------
@@ -256,7 +224,7 @@ def test_the_more_a_mask_hides_the_less_is_held(
 
 def test_nbytes_counts_the_blocks() -> None:
     maps = stored(torch.eye(512).expand(4, 512, 512), 2, Mask())
-    assert maps.nbytes == 4 * 0.625 * 512**2 * 2
+    assert maps.nbytes == 4 * 0.625 * 512**2 * 2 + 4 * 512 * 4
 
 
 def test_moving_a_map_keeps_its_layout() -> None:
@@ -264,6 +232,7 @@ def test_moving_a_map_keeps_its_layout() -> None:
     moved = maps.to(torch.device("meta"))
     assert (moved.layout, moved.length, moved.nbytes) == (maps.layout, 70, maps.nbytes)
     assert all(block.probs.is_meta for block in moved.blocks)
+    assert moved.lse is not None and moved.lse.is_meta
     same = maps.to(torch.device("cpu"))
     assert [b.probs.data_ptr() for b in same.blocks] == [b.probs.data_ptr() for b in maps.blocks]
 
@@ -285,25 +254,27 @@ def test_row_blocks_of_nothing_are_refused(length: int) -> None:
     mask=masks,
     soft_cap=st.sampled_from([None, 0.5, 5.0, 50.0]),
 )
-def test_exact_probabilities_are_the_masked_softmax(
+def test_an_exact_map_is_the_masked_softmax_and_its_log_sum_exps(
     length: int, heads: tuple[int, int], head_size: int, mask: Mask, soft_cap: float | None
 ) -> None:
     query, key, _ = random_qkv(length, *heads, head_size)
-    probs = exact_probs(query, key, head_size**-0.5, mask, soft_cap)
-    assert probs.dtype == torch.float32
+    probs, lse = exact_map(query, key, head_size**-0.5, mask, soft_cap)
+    assert probs.dtype == lse.dtype == torch.float32
     assert not probs[:, ~visible(mask, length)].any()
     expected = reference_probs(query, key, mask, soft_cap)
     torch.testing.assert_close(probs.double(), expected, rtol=1e-4, atol=1e-6)
+    expected = reference_scores(query, key, mask, soft_cap).logsumexp(-1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_query_and_key_of_different_sequences_are_refused() -> None:
     with pytest.raises(ValueError, match="equal L and d"):
-        exact_probs(torch.zeros(4, 2, 8), torch.zeros(5, 2, 8), 1.0, Mask())
+        exact_map(torch.zeros(4, 2, 8), torch.zeros(5, 2, 8), 1.0, Mask())
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
-        exact_probs(torch.zeros(4, 3, 8), torch.zeros(4, 2, 8), 1.0, Mask())
+        exact_map(torch.zeros(4, 3, 8), torch.zeros(4, 2, 8), 1.0, Mask())
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_soft_cap_that_caps_nothing_sensible_is_refused(soft_cap: float) -> None:
     with pytest.raises(ValueError, match="soft_cap must be a finite number above 0"):
-        exact_probs(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), 1.0, Mask(), soft_cap)
+        exact_map(torch.zeros(4, 2, 8), torch.zeros(4, 2, 8), 1.0, Mask(), soft_cap)

@@ -3,25 +3,33 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from attncache_vllm.reuse.plan import LayerPlan, Plan
+from attncache_vllm.reuse.plan import SOURCES, Plan, Source, SourcePlan, last_third
 
-layer_plans = st.builds(
-    LayerPlan,
-    source=st.sampled_from(["exact", "cached"]),
-    max_distance=st.floats(0, 1e6),
-    crop=st.booleans(),
-)
+KV_HEADS = 3
+measures = st.floats(0, 1e6)
+
+
+@st.composite
+def parts(draw: st.DrawFn, num_layers: int) -> SourcePlan:
+    groups = st.sets(st.integers(0, KV_HEADS - 1)).map(lambda found: tuple(sorted(found)))
+    layers = tuple(draw(groups) for _ in range(num_layers))
+    assume(any(layers))
+    served = [i for i, own in enumerate(layers) if own]
+    corrected = tuple(sorted(draw(st.sets(st.sampled_from(served)))))
+    errors = tuple(draw(st.tuples(measures, measures)) for _ in range(num_layers))
+    return SourcePlan(layers, draw(measures), corrected, draw(st.sampled_from([(), errors])))
 
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
-    layers = tuple(draw(st.lists(layer_plans, min_size=1, max_size=40)))
-    reused = [i for i, layer in enumerate(layers) if layer.source == "cached"]
-    last = reused[0] if reused else len(layers) - 1
-    return Plan(draw(st.integers(0, last)), layers)
+    num_layers = draw(st.integers(1, 8))
+    chosen = draw(st.sets(st.sampled_from([s for s in SOURCES if s != "prefix"])))
+    sources: dict[Source, SourcePlan] = {name: draw(parts(num_layers)) for name in chosen}
+    first = min((part.layers[0] for part in sources.values()), default=num_layers - 1)
+    return Plan(draw(st.integers(0, first)), num_layers, sources)
 
 
 @settings(deadline=None)
@@ -33,56 +41,58 @@ def test_a_plan_survives_its_dict_and_json(plan: Plan) -> None:
 
 @settings(deadline=None)
 @given(plans())
-def test_reused_layers_are_the_cached_ones(plan: Plan) -> None:
-    assert [plan.layers[i].source for i in plan.reused_layers] == ["cached"] * len(
-        plan.reused_layers
+def test_reused_layers_are_those_of_which_any_source_serves_a_group(plan: Plan) -> None:
+    for part in plan.sources.values():
+        assert part.layers == tuple(i for i in range(plan.num_layers) if part.groups[i])
+    assert plan.reused_layers == tuple(
+        i for i in range(plan.num_layers) if any(part.groups[i] for part in plan.sources.values())
     )
-    assert len(plan.reused_layers) == sum(layer.source == "cached" for layer in plan.layers)
-    assert plan.first_reused == (min(plan.reused_layers) if plan.reused_layers else None)
+
+
+def test_the_published_rule_takes_whole_layers_from_the_nearest_entry() -> None:
+    plan = Plan.reusing(5, 3, [4, 2, 4], 0.5, feature_layer=2)
+    every = (0, 1, 2)
+    assert plan == Plan(2, 5, {"neighbour": SourcePlan(((), (), every, (), every), 0.5)})
+    assert plan.reused_layers == (2, 4)
 
 
 @pytest.mark.parametrize(
     ("num_layers", "reused"), [(30, range(20, 30)), (6, [4, 5]), (4, [3]), (1, [0])]
 )
-def test_last_third_reuses_the_last_layers(num_layers: int, reused: range | list[int]) -> None:
-    plan = Plan.last_third(num_layers, 0.25)
-    assert plan.feature_layer == 0
-    assert len(plan.layers) == num_layers
-    assert plan.reused_layers == tuple(reused)
-    assert {plan.layers[i] for i in reused} == {LayerPlan("cached", 0.25, crop=False)}
-    assert {Plan.last_third(num_layers, 0.25, crop=True).layers[i].crop for i in reused} == {True}
-
-
-def test_reusing_takes_layers_in_any_order() -> None:
-    plan = Plan.reusing(5, [4, 2, 4], 0.5, feature_layer=2)
-    assert plan.reused_layers == (2, 4)
-    assert plan.first_reused == plan.feature_layer == 2
-
-
-def test_reused_layers_crop_if_they_are_told_to() -> None:
-    for crop in (True, False):
-        plan = Plan.reusing(5, [2, 4], 0.5, crop=crop)
-        assert [plan.layers[i].crop for i in plan.reused_layers] == [crop, crop]
+def test_the_last_third_are_the_last_layers(num_layers: int, reused: range | list[int]) -> None:
+    assert list(last_third(num_layers)) == list(reused)
 
 
 def test_a_plan_may_reuse_nothing() -> None:
-    plan = Plan.reusing(3, [], 0.5)
-    assert plan.reused_layers == ()
-    assert plan.first_reused is None
+    assert Plan(2, 3).reused_layers == ()
+    assert Plan.from_dict(Plan(2, 3).to_dict()) == Plan(2, 3)
+
+
+def test_a_gate_is_a_float_however_it_was_written() -> None:
+    gate = SourcePlan(((0,),), 1).gate
+    assert (gate, type(gate)) == (1.0, float)
+
+
+# -- refusals ----------------------------------------------------------------------------------
 
 
 def good() -> dict[str, Any]:
-    return Plan.reusing(3, [1, 2], 0.5, feature_layer=1).to_dict()
+    part = SourcePlan(((), (0, 2), (1,)), 0.5, (2,), ((0.0, 0.0), (0.1, 0.2), (0.3, 0.0)))
+    return Plan(1, 3, {"neighbour": part}).to_dict()
 
 
 def changed(**fields: Any) -> dict[str, Any]:
     return {**good(), **fields}
 
 
-def with_layer(index: int, **fields: Any) -> dict[str, Any]:
+def part_with(**fields: Any) -> dict[str, Any]:
     data = good()
-    data["layers"][index] = {**data["layers"][index], **fields}
+    data["sources"]["neighbour"] |= fields
     return data
+
+
+def of_source(name: str) -> dict[str, Any]:
+    return changed(sources={name: good()["sources"]["neighbour"]})
 
 
 @pytest.mark.parametrize(
@@ -93,30 +103,50 @@ def with_layer(index: int, **fields: Any) -> dict[str, Any]:
         ({}, "exactly the keys"),
         ({"feature_layer": 0}, "exactly the keys"),
         (changed(version=1), "exactly the keys"),
-        (changed(layers=None), "layers must be a list"),
-        (changed(layers="exact"), "layers must be a list"),
-        (changed(layers=[]), "at least one layer"),
-        (changed(layers=[None]), "layer 0 of a plan must be a mapping"),
+        (changed(num_layers=0), "at least one layer"),
+        (changed(num_layers=3.0), "num_layers must be an integer"),
+        (changed(num_layers=4), "of each of 4 layers"),
+        (changed(num_layers=10**30), "of each of 1000"),
         (changed(feature_layer=2), r"feature_layer must be in 0\.\.1"),
         (changed(feature_layer=-1), r"feature_layer must be in 0\.\.1"),
         (changed(feature_layer=1.0), "feature_layer must be an integer"),
         (changed(feature_layer=True), "feature_layer must be an integer"),
         (changed(feature_layer="1"), "feature_layer must be an integer"),
-        (with_layer(1, extra=0), "layer 1 of a plan must be"),
-        (with_layer(1, source="shared"), "source must be one of"),
-        (with_layer(1, source=None), "source must be one of"),
-        (with_layer(1, source=["cached"]), "source must be one of"),
-        (with_layer(1, max_distance=-0.1), "max_distance must be a finite number"),
-        (with_layer(1, max_distance=float("inf")), "max_distance must be a finite number"),
-        (with_layer(1, max_distance=float("nan")), "max_distance must be a finite number"),
-        (with_layer(1, max_distance="0.5"), "max_distance must be a finite number"),
-        (with_layer(1, max_distance=True), "max_distance must be a finite number"),
-        (with_layer(0, max_distance=None), "max_distance must be a finite number"),
-        (with_layer(0, max_distance=10**400), "max_distance must be a finite number"),
-        (with_layer(1, crop=1), "crop must be true or false"),
-        (with_layer(1, crop=None), "crop must be true or false"),
-        (with_layer(0, crop="no"), "crop must be true or false"),
-        (changed(layers=[{"source": "exact", "max_distance": 0.0}]), "exactly the keys"),
+        (changed(sources=None), "sources must be a mapping"),
+        (changed(sources=[]), "sources must be a mapping"),
+        (changed(sources={"neighbour": None}), "source 'neighbour' must be a mapping"),
+        (changed(sources={"neighbour": {}}), "exactly the keys"),
+        (of_source("exact"), "a source must be one of"),
+        (part_with(crop=False), "exactly the keys"),
+        (part_with(groups=None), "groups must be a list"),
+        (part_with(groups="none"), "groups must be a list"),
+        (part_with(groups=[[], [0]], corrected=[], errors=[]), "of each of 3 layers"),
+        (part_with(groups=[[], [], []], corrected=[]), "serve at least one"),
+        (part_with(groups=[[], None, [0]]), "KV groups must be a list"),
+        (part_with(groups=[[], [0, "1"], [0]]), "KV groups must be integers"),
+        (part_with(groups=[[], [0.0], [0]]), "KV groups must be integers"),
+        (part_with(groups=[[], [True], [0]]), "KV groups must be integers"),
+        (part_with(groups=[[], [-1], [0]]), "KV groups of layer 1"),
+        (part_with(groups=[[], [1, 0], [0]]), "KV groups of layer 1"),
+        (part_with(groups=[[], [0, 0], [0]]), "KV groups of layer 1"),
+        (part_with(gate=-0.1), "a gate must be a finite number"),
+        (part_with(gate=float("inf")), "a gate must be a finite number"),
+        (part_with(gate=float("nan")), "a gate must be a finite number"),
+        (part_with(gate="0.5"), "a gate must be a finite number"),
+        (part_with(gate=True), "a gate must be a finite number"),
+        (part_with(gate=None), "a gate must be a finite number"),
+        (part_with(gate=10**400), "a gate must be a finite number"),
+        (part_with(corrected=None), "corrected layers must be a list"),
+        (part_with(corrected=[1.0]), "corrected layers must be integers"),
+        (part_with(corrected=[0]), "corrected layers must be layers that serve"),
+        (part_with(corrected=[2, 1]), "corrected layers must be layers that serve"),
+        (part_with(errors=None), "errors must be a list"),
+        (part_with(errors=[[0.1, 0.1]]), "errors must be a mean and a standard deviation"),
+        (part_with(errors=[0.1, 0.1, 0.1]), "a layer's error must be a list"),
+        (part_with(errors=[[0.1, 0.1, 0.1]] * 3), "errors must be a mean"),
+        (part_with(errors=[[0.1, float("nan")]] * 3), "errors must be a mean"),
+        (part_with(errors=[[0.1, "0"]] * 3), "errors must be a mean"),
+        (part_with(errors=[[-0.1, 0.1]] * 3), "errors must be a mean"),
     ],
 )
 def test_a_bad_plan_is_refused_with_the_rule_and_the_value(data: object, message: str) -> None:
@@ -125,14 +155,31 @@ def test_a_bad_plan_is_refused_with_the_rule_and_the_value(data: object, message
     assert "got " in str(error.value)
 
 
+def test_every_source_waits_for_the_feature_layer() -> None:
+    # A step begins there: before it nothing could be served.
+    part = SourcePlan(((0,), (0,), ()))
+    for source in SOURCES:
+        assert Plan(0, 3, {source: part}).reused_layers == (0, 1)
+        with pytest.raises(ValueError, match=r"feature_layer must be in 0\.\.0"):
+            Plan(1, 3, {source: part})
+
+
 def test_an_unused_feature_layer_must_still_exist() -> None:
     with pytest.raises(ValueError, match=r"feature_layer must be in 0\.\.2"):
-        Plan.reusing(3, [], 0.5, feature_layer=3)
+        Plan(3, 3)
+
+
+def test_a_layer_is_not_both_aligned_and_served_from_a_prefix() -> None:
+    aligned, prefix = SourcePlan(((), (0,), (1,))), SourcePlan(((), (), (0,)))
+    with pytest.raises(ValueError, match=r"both aligned, .* got "):
+        Plan(0, 3, {"aligned": aligned, "prefix": prefix})
+    beside = SourcePlan(((0,), (), ()))
+    assert Plan(0, 3, {"aligned": aligned, "prefix": beside}).reused_layers == (0, 1, 2)
 
 
 @pytest.mark.parametrize("layers", [[3], [-1], [0, 7]])
 def test_reusing_a_layer_that_does_not_exist_is_refused(layers: list[int]) -> None:
     with pytest.raises(ValueError, match=r"reused layers must be in 0\.\.2"):
-        Plan.reusing(3, layers, 0.5)
+        Plan.reusing(3, 2, layers, 0.5)
     with pytest.raises(ValueError, match="at least one layer"):
-        Plan.reusing(0, [], 0.5)
+        Plan(0, 0)

@@ -22,7 +22,9 @@ def main(path: Path) -> None:
             store.put(make_record(number, map_bytes=700))
         if number % 5 == 0:
             entries = store.stats().entries
-            store.publish({"entries": entries}, b"%d" % entries, {}, make_features(entries))
+            name = b"%d" % entries
+            features, artifacts = make_features(entries), {"templates": name}
+            store.publish({"entries": entries}, name, {}, features, artifacts=artifacts)
         else:
             store.commit()
         print(store.stats().entries, flush=True)

@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_samples import (
     ANY_LENGTH,
+    ARTIFACTS,
     FEATURE_DIM,
     NAMESPACE,
     assert_same,
     build_store,
     make_features,
     make_record,
+    make_sketch,
 )
 
 from attncache_vllm.errors import NamespaceMismatch, StoreDamaged, StoreError, StoreTimeout
@@ -29,6 +31,7 @@ from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace
 from attncache_vllm.store import manifest as manifest_module
 from attncache_vllm.store import published as published_module
 from attncache_vllm.store.index import FeatureIndex, build_index
+from attncache_vllm.store.records import read_layout
 
 NEVER = math.inf
 
@@ -128,6 +131,11 @@ def test_loaded_records_outlive_their_store(store_path: Path) -> None:
         lambda s: s.commit(),
         lambda s: s.verify(),
         lambda s: s.plan,
+        lambda s: s.projector_bytes,
+        lambda s: s.artifact("templates"),
+        lambda s: s.token_ids([0], deadline=NEVER),
+        lambda s: s.overlaps([make_sketch(0)], neighbours=1, deadline=NEVER),
+        lambda s: s.publish_plan({}, {}, {}),
     ],
 )
 def test_a_closed_store_says_so(store_path: Path, use: Any) -> None:
@@ -147,6 +155,8 @@ def test_an_unknown_entry_id_is_named(store_path: Path) -> None:
         for entry_id in (-1, 12):
             with pytest.raises(StoreError, match=f"from 0 to 11, got {entry_id}"):
                 load_one(store, entry_id)
+            with pytest.raises(StoreError, match=f"from 0 to 11, got {entry_id}"):
+                store.token_ids([entry_id], deadline=NEVER)
 
 
 # -- looking up --------------------------------------------------------------------------------
@@ -279,13 +289,17 @@ def test_late_calls_are_refused_and_counted(store_path: Path) -> None:
             store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=past)
         with pytest.raises(StoreTimeout):
             store.load([0], deadline=past)
+        with pytest.raises(StoreTimeout):
+            store.token_ids([0], deadline=past)
+        with pytest.raises(StoreTimeout):
+            store.overlaps([make_sketch(0)], neighbours=1, deadline=past)
         store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=time.monotonic() + 60)
         stats = store.stats()
-        assert (stats.lookups, stats.late, stats.damaged) == (2, 2, 0)
+        assert (stats.lookups, stats.late, stats.damaged) == (2, 4, 0)
 
 
 def test_late_loads_get_there_in_the_end(store_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each late call checks one of the record's three sections; none is checked twice."""
+    """Each late call checks one of the record's five sections; none is checked twice."""
     checked = []
     from attncache_vllm.store import entries
 
@@ -294,24 +308,95 @@ def test_late_loads_get_there_in_the_end(store_path: Path, monkeypatch: pytest.M
         entries, "check_section", lambda *args: (checked.append(args[1]), original(*args))
     )
     with LocalStore.open(store_path) as store:
-        for _ in range(3):
+        for _ in range(5):
             with pytest.raises(StoreTimeout):
                 store.load([0], deadline=time.monotonic() - 1)
         assert_same(load_one(store, 0), make_record(0))
-    assert len(checked) == len(set(checked)) == 3
+    assert len(checked) == len(set(checked)) == 5
+
+
+# -- token ids and overlaps --------------------------------------------------------------------
+
+
+def test_token_ids_are_read_without_the_rest_of_their_record(
+    store_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attncache_vllm.store import entries
+
+    checked, original = [], entries.check_section
+    monkeypatch.setattr(
+        entries, "check_section", lambda *args: (checked.append(args[1]), original(*args))
+    )
+    with LocalStore.open(store_path) as store:
+        for _ in range(2):
+            for number, found in zip((7, 0), store.token_ids([7, 0], deadline=NEVER), strict=True):
+                assert found is not None and found.dtype == np.int32
+                np.testing.assert_array_equal(found, make_record(number).token_ids)
+        assert len(checked) == 2
+        # A load goes on behind the section that is known to be sound.
+        assert_same(load_one(store, 0), make_record(0))
+        assert len(checked) == len(set(checked)) == 1 + 5
+
+
+def test_token_ids_outlive_their_store(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        [found] = store.token_ids([0], deadline=NEVER)
+        (store_path / "maps-000000").write_bytes(b"")  # a view would kill the process now
+    np.testing.assert_array_equal(found, make_record(0).token_ids)
+
+
+def test_a_sequence_with_damaged_token_ids_is_found_by_nothing_again(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        entry = store.manifest.entries[4]
+        record = (store_path / f"maps-{entry.segment:06d}").read_bytes()[entry.offset :]
+        start = read_layout(memoryview(record)[: entry.size]).token_ids.start
+    flip(store_path / f"maps-{entry.segment:06d}", entry.offset + start)
+    with LocalStore.open(store_path) as store:
+        [[found]] = store.overlaps([make_sketch(4)], neighbours=1, deadline=NEVER)
+        assert found.entry_id == 4
+        damaged, sound = store.token_ids([4, 5], deadline=NEVER)
+        assert damaged is None and sound is not None
+        assert load_one(store, 4) is None
+        [found] = store.overlaps([make_sketch(4)], neighbours=12, deadline=NEVER)
+        assert {overlap.entry_id for overlap in found} == set(range(12)) - {4}
+        query = make_features(12)[4:5]
+        [found] = store.lookup(query, [ANY_LENGTH], neighbours=12, deadline=NEVER)
+        assert {n.entry_id for n in found} == set(range(12)) - {4}
+        assert store.stats().damaged == 1
+
+
+def test_overlaps_come_from_the_sketches_of_published_entries(store_path: Path) -> None:
+    with LocalStore.open(store_path, writable=True) as store:
+        store.put(make_record(12))
+        store.commit()
+    with LocalStore.open(store_path) as store:
+        asked = [make_sketch(number) for number in (12, 3, 6)]
+        answers = store.overlaps(asked, neighbours=99, deadline=NEVER)
+        for query, answer in zip(asked, answers, strict=True):
+            # One value is in every sketch.
+            assert {overlap.entry_id for overlap in answer} == set(range(12))
+            for overlap in answer:
+                stored = make_record(overlap.entry_id)
+                common = np.intersect1d(stored.sketch, query)
+                assert (overlap.common, overlap.length) == (len(common), stored.length)
+        assert [answer[0].entry_id for answer in answers] == [0, 3, 6]
 
 
 # -- publishing --------------------------------------------------------------------------------
 
 
-def test_before_calibration_there_is_nothing_to_look_up(tmp_path: Path) -> None:
+def test_before_a_publication_there_is_nothing_to_look_up(tmp_path: Path) -> None:
     with LocalStore.create(tmp_path / "s", NAMESPACE, {}) as store:
+        store.put(make_record(0))
+        assert store.artifact("templates") is None
         for use in (
+            lambda: store.overlaps([make_sketch(0)], neighbours=1, deadline=NEVER),
+            lambda: store.publish_plan({}, {}, {}),
             lambda: store.plan,
             lambda: store.projector_bytes,
             lambda: store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER),
         ):
-            with pytest.raises(StoreError, match="calibrate"):
+            with pytest.raises(StoreError, match="built to its end"):
                 use()
 
 
@@ -347,14 +432,73 @@ def test_a_plan_that_is_not_plain_data_is_refused(tmp_path: Path) -> None:
 def test_publishing_again_replaces_the_files_under_a_reader(store_path: Path) -> None:
     reader = LocalStore.open(store_path)
     with LocalStore.open(store_path, writable=True) as writer:
-        writer.publish({"layers": []}, b"another", {}, -make_features(12))
-    for kind in ("projector", "features", "index"):
+        writer.publish(
+            {"layers": []}, b"another", {}, -make_features(12), artifacts={"templates": b"new"}
+        )
+    for kind in ("projector", "features", "index", "sketches", "artifact-templates"):
         assert len(files_like(store_path, kind)) == 1
+    assert files_like(store_path, "artifact-corrections") == []
     query = make_features(12)[5:6]
     assert reader.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)[0][0].entry_id == 5
     assert_same(load_one(reader, 5), make_record(5))
     assert reader.projector_bytes == b"projector"
-    assert LocalStore.open(store_path).projector_bytes == b"another"
+    [overlaps] = reader.overlaps([make_sketch(5)], neighbours=1, deadline=NEVER)
+    assert overlaps[0].entry_id == 5
+    # Artifacts are read when they are asked for; what was replaced is refused, not mistaken.
+    with pytest.raises(StoreDamaged, match="if it was replaced meanwhile open the store again"):
+        reader.artifact("templates")
+    with LocalStore.open(store_path) as store:
+        assert store.projector_bytes == b"another"
+        assert (store.artifact("templates"), store.artifact("corrections")) == (b"new", None)
+
+
+def test_a_plan_is_published_with_its_artifacts_and_keeps_the_rest(store_path: Path) -> None:
+    kept = {path.name for path in store_path.iterdir() if "artifact" not in path.name}
+    with LocalStore.open(store_path, writable=True) as store:
+        before = store.manifest.published
+        new = {"templates": b"new", "corrections": ARTIFACTS["corrections"]}
+        store.publish_plan({"layers": [3]}, {"calibration": [0.5]}, new)
+        assert (store.plan, store.artifact("templates")) == ({"layers": [3]}, b"new")
+        # Nothing more than what was there and is needed still.
+        assert {path.name for path in store_path.iterdir() if "artifact" not in path.name} == kept
+    with LocalStore.open(store_path) as store:
+        published = store.manifest.published
+        assert (published.plan, published.report) == ({"layers": [3]}, {"calibration": [0.5]})
+        assert {name: store.artifact(name) for name in published.artifacts} == new
+        assert len(files_like(store_path, "artifact")) == 2
+        assert before is not None
+        unchanged = replace(
+            published, plan=before.plan, report=before.report, artifacts=before.artifacts
+        )
+        assert unchanged == before
+        assert store.verify().ok
+        found = store.lookup(make_features(12), [ANY_LENGTH] * 12, neighbours=1, deadline=NEVER)
+        assert [neighbours[0].entry_id for neighbours in found] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Templates", "../templates", "templates-1", "a b", "a" * 33, "maps\n", 1]
+)
+def test_an_artifact_without_a_good_name_is_refused(store_path: Path, name: Any) -> None:
+    before = {path.name for path in store_path.iterdir()}
+    with LocalStore.open(store_path, writable=True) as store:
+        for publish in (
+            lambda: store.publish_plan({}, {}, {name: b""}),
+            lambda: store.publish({}, b"", {}, make_features(12), artifacts={name: b""}),
+        ):
+            with pytest.raises(StoreError, match="1 to 32 letters from a to z"):
+                publish()
+        assert store.artifact(name) is None
+        assert store.plan == {"layers": [1, 3]}
+    LocalStore.open(store_path, writable=True).close()  # clears away what was written
+    assert {path.name for path in store_path.iterdir()} == before
+
+
+def test_an_empty_artifact_is_not_a_missing_one(store_path: Path) -> None:
+    with LocalStore.open(store_path, writable=True) as store:
+        store.publish_plan({}, {}, {"templates": b""})
+    with LocalStore.open(store_path) as store:
+        assert (store.artifact("templates"), store.artifact("corrections")) == (b"", None)
 
 
 def test_opening_during_a_publication_gets_the_new_state(
@@ -426,6 +570,19 @@ def test_damaged_entries_can_be_dropped_and_put_again(store_path: Path) -> None:
         assert store.verify().ok
 
 
+def test_a_damaged_sketch_is_not_published(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        entry = store.manifest.entries[4]
+        record = (store_path / f"maps-{entry.segment:06d}").read_bytes()[entry.offset :]
+        start = read_layout(memoryview(record)[: entry.size]).sketch.start
+    flip(store_path / f"maps-{entry.segment:06d}", entry.offset + start)
+    with (
+        LocalStore.open(store_path, writable=True) as store,
+        pytest.raises(StoreError, match=r"got damaged ones \[4\]; call drop_damaged\(\)"),
+    ):
+        store.publish({}, b"", {}, make_features(12))
+
+
 @pytest.mark.parametrize("harm", ["flip", "remove"])
 def test_a_damaged_index_is_built_again(store_path: Path, harm: str) -> None:
     (index_file,) = files_like(store_path, "index")
@@ -438,7 +595,7 @@ def test_a_damaged_index_is_built_again(store_path: Path, harm: str) -> None:
         assert [index_file.name in problem for problem in store.verify().problems] == [True]
 
 
-@pytest.mark.parametrize("kind", ["features", "projector"])
+@pytest.mark.parametrize("kind", ["features", "projector", "sketches"])
 @pytest.mark.parametrize("harm", ["flip", "remove"])
 def test_other_damaged_files_stop_readers_until_published_again(
     store_path: Path, kind: str, harm: str
@@ -449,10 +606,58 @@ def test_other_damaged_files_stop_readers_until_published_again(
         LocalStore.open(store_path)
     with LocalStore.open(store_path, writable=True) as store:
         assert store.stats().damaged == 1
+        if kind == "projector":
+            with pytest.raises(StoreError):
+                _ = store.projector_bytes
+        else:  # it need not be trained again
+            assert store.projector_bytes == b"projector"
         store.publish({}, b"projector", {}, make_features(12))
         assert store.stats().damaged == 0
     with LocalStore.open(store_path) as store:
         assert store.verify().ok
+
+
+@pytest.mark.parametrize("harm", ["flip", "remove", "shorten"])
+def test_a_damaged_artifact_is_noticed_when_it_is_asked_for(store_path: Path, harm: str) -> None:
+    (file,) = files_like(store_path, "artifact-templates")
+    match harm:
+        case "flip":
+            flip(file, 7)
+        case "remove":
+            file.unlink()
+        case "shorten":
+            file.write_bytes(file.read_bytes()[:-1])
+    with LocalStore.open(store_path) as store:
+        with pytest.raises(StoreDamaged, match="run 'attncache calibrate' again"):
+            store.artifact("templates")
+        assert store.artifact("corrections") == ARTIFACTS["corrections"]
+        [problem] = store.verify().problems
+        assert problem.startswith(f"{file.name}: ")
+    with LocalStore.open(store_path, writable=True) as store:
+        store.publish_plan(store.plan, {}, ARTIFACTS)
+        assert store.artifact("templates") == ARTIFACTS["templates"]
+        assert store.verify().ok
+
+
+def test_dropping_damaged_entries_takes_effect_with_the_next_publication(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        entry = store.manifest.entries[4]
+    flip(store_path / f"maps-{entry.segment:06d}", entry.offset)
+    with LocalStore.open(store_path, writable=True) as store:
+        assert store.drop_damaged() == 1
+        assert len(store.manifest.entries) == 11 and store.manifest.published is None
+    # The writer ended before it published: everything is as it was.
+    with LocalStore.open(store_path) as store:
+        assert len(store.manifest.entries) == 12
+        assert store.plan == {"layers": [1, 3]}
+        assert store.artifact("templates") == ARTIFACTS["templates"]
+    with LocalStore.open(store_path, writable=True) as store:
+        store.drop_damaged()
+        store.commit()
+    with LocalStore.open(store_path) as store:
+        assert len(store.manifest.entries) == 11 and store.verify().ok
+        with pytest.raises(StoreError, match="built to its end"):
+            _ = store.plan
 
 
 def test_verify_finds_damage_behind_an_earlier_check(store_path: Path) -> None:
@@ -527,8 +732,15 @@ def test_a_store_is_not_created_over_another(store_path: Path) -> None:
 
 
 def test_foreign_files_survive_cleaning(store_path: Path) -> None:
-    stale = ["maps-000099", "features-0123456789abcdef", "manifest.tmp"]
-    foreign = ["README", "maps-backup", "index-mine"]
+    stale = [
+        "maps-000099",
+        "features-0123456789abcdef",
+        "sketches-0123456789abcdef",
+        "artifact-templates-0123456789abcdef",
+        "artifact-templates-0123456789abcdef.tmp",
+        "manifest.tmp",
+    ]
+    foreign = ["README", "maps-backup", "index-mine", "notes-0123456789abcdef", "artifact-mine"]
     for name in stale + foreign:
         (store_path / name).write_text("text")
     LocalStore.open(store_path, writable=True).close()
@@ -537,13 +749,14 @@ def test_foreign_files_survive_cleaning(store_path: Path) -> None:
     assert names.issuperset(foreign)
 
 
-def test_a_newer_format_is_not_called_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", [1, 3])
+def test_an_older_or_newer_format_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
     with monkeypatch.context() as later:
-        later.setattr(manifest_module, "FORMAT_VERSION", 2)
+        later.setattr(manifest_module, "FORMAT_VERSION", version)
         build_store(tmp_path / "s", 1)
-    with pytest.raises(StoreError, match="must be 1, got 2") as caught:
+    with pytest.raises(StoreError, match=f"must be 2, got {version}; .* build it again") as caught:
         LocalStore.open(tmp_path / "s")
     assert not isinstance(caught.value, StoreDamaged)
 

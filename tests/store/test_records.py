@@ -13,13 +13,26 @@ from hypothesis.extra import numpy as arrays
 from store_samples import assert_same, make_record
 
 from attncache_vllm.errors import StoreDamaged
-from attncache_vllm.store import Record
-from attncache_vllm.store.records import ALIGNMENT, decode_record, encode_record, read_layout
+from attncache_vllm.store import Record, token_hash
+from attncache_vllm.store.records import (
+    ALIGNMENT,
+    MAX_SKETCH,
+    decode_record,
+    encode_record,
+    read_layout,
+)
+
+
+def with_token_ids(token_ids: np.ndarray, **fields: Any) -> Record:
+    return Record(
+        token_hash=token_hash(token_ids), length=len(token_ids), token_ids=token_ids, **fields
+    )
+
 
 records = st.builds(
-    Record,
-    token_hash=st.binary(min_size=32, max_size=32),
-    length=st.integers(1, 1 << 20),
+    with_token_ids,
+    token_ids=arrays.arrays(np.int32, st.integers(1, 300)),
+    sketch=arrays.arrays(np.uint64, st.integers(0, MAX_SKETCH), unique=True).map(np.sort),
     codec=st.text(min_size=1, max_size=64).filter(lambda text: text.isprintable()),
     pooled=arrays.arrays(
         np.float32,
@@ -60,7 +73,9 @@ def test_any_record_survives_the_round_trip(record: Record) -> None:
 @given(records)
 def test_sections_lie_on_aligned_offsets_and_fill_the_record(record: Record) -> None:
     data = memoryview(joined(record))
-    sections = list(read_layout(data).sections())
+    layout = read_layout(data)
+    sections = list(layout.sections())
+    assert sections[:2] == [layout.token_ids, layout.sketch]  # what is read without the maps
     assert all(section.start % ALIGNMENT == 0 for section in sections)
     assert [s.end for s in sections] == [*(s.start for s in sections[1:]), len(data)]
 
@@ -115,6 +130,16 @@ def test_an_unchanged_forgery_is_accepted() -> None:
         lambda h: {**h, "length": 1 << 40},
         lambda h: {**h, "codec": ""},
         lambda h: {**h, "token_hash": b"short"},
+        lambda h: {**h, "length": 17},
+        lambda h: {**h, "length": 1 << 20},
+        lambda h: {**h, "token_ids": -1},
+        lambda h: {**h, "token_ids": [1, 0]},
+        lambda h: {**h, "sketch": 1},
+        lambda h: {**h, "sketch": [1]},
+        lambda h: {**h, "sketch": [-8, h["sketch"][1]]},
+        lambda h: {**h, "sketch": [257, h["sketch"][1]]},
+        lambda h: {**h, "sketch": [1 << 62, h["sketch"][1]]},
+        lambda h: {**h, "sketch": [9, h["sketch"][1]]},
         lambda h: {**h, "pooled": [1 << 40, 1, 0]},
         lambda h: {**h, "pooled": [1 << 13, 1 << 13, 0]},
         lambda h: {**h, "pooled": [2, 4]},
@@ -138,6 +163,17 @@ def test_forged_headers_with_right_checksums_are_refused(change: Any) -> None:
     ("field", "value", "rule"),
     [
         ("token_hash", b"short", "32 bytes"),
+        ("token_hash", bytes(32), "must be that of token_ids"),
+        ("token_ids", np.zeros(1, np.int64), r"must be int32 \[1\], got int64"),
+        ("token_ids", np.zeros(2, np.int32), r"must be int32 \[1\]"),
+        ("token_ids", np.zeros((1, 1), np.int32), r"must be int32 \[1\]"),
+        ("token_ids", np.zeros(1, np.int32), "must be that of token_ids"),
+        ("length", 2, r"must be int32 \[2\]"),
+        ("sketch", np.zeros(1, np.int64), "must be uint64"),
+        ("sketch", np.zeros((1, 1), np.uint64), "must be uint64"),
+        ("sketch", np.arange(257, dtype=np.uint64), "at most 256"),
+        ("sketch", np.array([2, 1], np.uint64), "ascending and distinct"),
+        ("sketch", np.array([1, 1], np.uint64), "ascending and distinct"),
         ("length", 0, "length must be an integer from 1"),
         ("length", (1 << 20) + 1, "length must be an integer from 1"),
         ("codec", "", "codec"),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Damage and death at the worst moments: never a crash, never wrong data, never a lost commit."""
 
+import contextlib
+import hashlib
 import math
 import os
 import random
@@ -13,21 +15,25 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgpack
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_samples import (
     ANY_LENGTH,
+    ARTIFACTS,
     NAMESPACE,
     assert_same,
     build_store,
     make_features,
     make_record,
+    make_sketch,
 )
 
 from attncache_vllm.errors import StoreDamaged
 from attncache_vllm.store import LocalStore
-from attncache_vllm.store.manifest import Manifest, Segment
+from attncache_vllm.store.manifest import FORMAT_VERSION, Manifest, Segment
 from attncache_vllm.store.records import read_layout
 from attncache_vllm.store.segments import SegmentReader
 
@@ -66,15 +72,26 @@ def sound_entries(path: Path) -> set[int]:
             make_features(ENTRIES), [ANY_LENGTH] * ENTRIES, neighbours=1, deadline=NEVER
         )
         assert [neighbours[0].entry_id for neighbours in found] == list(range(ENTRIES))
+        sketches = [make_sketch(number) for number in range(ENTRIES)]
+        overlaps = store.overlaps(sketches, neighbours=1, deadline=NEVER)
+        assert [overlap[0].entry_id for overlap in overlaps] == list(range(ENTRIES))
         assert (store.plan, store.projector_bytes) == ({"layers": [1, 3]}, b"projector")
         sound = set()
+        token_ids = store.token_ids(range(ENTRIES), deadline=NEVER)
         for number, record in enumerate(store.load(range(ENTRIES), deadline=NEVER)):
+            if (ids := token_ids[number]) is not None:
+                np.testing.assert_array_equal(ids, make_record(number).token_ids)
             if record is not None:
                 assert_same(record, make_record(number))
+                assert ids is not None
                 sound.add(number)
+        for name, data in ARTIFACTS.items():
+            with contextlib.suppress(StoreDamaged):
+                assert store.artifact(name) == data
         report = store.verify()
         assert {entry_id for entry_id, _ in report.damaged} == set(range(ENTRIES)) - sound
-        assert store.stats().damaged == ENTRIES - len(sound) + len(report.problems)
+        indexes = [problem for problem in report.problems if problem.startswith("index")]
+        assert store.stats().damaged == ENTRIES - len(sound) + len(indexes)
     return sound
 
 
@@ -101,7 +118,7 @@ def test_a_truncated_segment_keeps_the_records_before_the_cut(
         assert sound_entries(path) == {number for number, end in enumerate(ends) if end <= cut}
 
 
-@pytest.mark.parametrize("kind", ["manifest", "features", "projector"])
+@pytest.mark.parametrize("kind", ["manifest", "features", "projector", "sketches"])
 def test_a_truncated_file_is_damage(
     pristine: Path, scratch: Callable[[Path], Path], kind: str
 ) -> None:
@@ -121,6 +138,19 @@ def test_a_truncated_index_is_built_again(pristine: Path, scratch: Callable[[Pat
         assert sound_entries(path) == set(range(ENTRIES))
 
 
+def test_a_truncated_artifact_is_damage_when_it_is_read(
+    pristine: Path, scratch: Callable[[Path], Path]
+) -> None:
+    path = scratch(pristine)
+    file = file_of(path, "artifact-corrections")
+    with LocalStore.open(path) as store:
+        for size in reversed(range(file.stat().st_size)):
+            os.truncate(file, size)
+            with pytest.raises(StoreDamaged):
+                store.artifact("corrections")
+    assert sound_entries(path) == set(range(ENTRIES))
+
+
 def test_every_single_bit_flip_in_a_manifest_is_noticed(pristine: Path) -> None:
     data = bytearray(file_of(pristine, "manifest").read_bytes())
     for bit in range(8 * len(data)):
@@ -131,9 +161,51 @@ def test_every_single_bit_flip_in_a_manifest_is_noticed(pristine: Path) -> None:
     assert Manifest.from_bytes(data) == Manifest.read(pristine)
 
 
+def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> bytes:
+    """The manifest of a store whose ``published`` was changed, with its right checksum."""
+    body = msgpack.unpackb(Manifest.read(path).to_bytes()[44:])
+    body["published"] = change(body["published"])
+    checked = FORMAT_VERSION.to_bytes(4, "little") + msgpack.packb(body)
+    return b"ATNCSTOR" + hashlib.sha256(checked).digest() + checked
+
+
+def test_an_unchanged_forgery_is_accepted(pristine: Path) -> None:
+    assert Manifest.from_bytes(forge(pristine, lambda published: published)) == Manifest.read(
+        pristine
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda p: {name: value for name, value in p.items() if name != "artifacts"},
+        lambda p: {name: value for name, value in p.items() if name != "sketches"},
+        lambda p: {**p, "artifacts": [p["artifacts"]]},
+        lambda p: {**p, "artifacts": {"../maps": p["artifacts"]["templates"]}},
+        lambda p: {**p, "artifacts": {"": p["artifacts"]["templates"]}},
+        lambda p: {**p, "artifacts": {"corrections": p["artifacts"]["templates"]}},
+        lambda p: {**p, "artifacts": {"templates": ["../../x", *p["artifacts"]["templates"][1:]]}},
+        lambda p: {**p, "artifacts": {"templates": p["artifacts"]["templates"][:2]}},
+        lambda p: {**p, "artifacts": {"templates": [*p["artifacts"]["templates"][:2], b"short"]}},
+        lambda p: {**p, "sketches": p["features"]},
+        lambda p: {**p, "sketches": [p["sketches"][0], 8 * ENTRIES - 8, p["sketches"][2]]},
+        lambda p: {**p, "sketches": [p["sketches"][0], 8 * ENTRIES * 257 + 8, p["sketches"][2]]},
+        lambda p: {**p, "sketches": [p["sketches"][0], 1 << 62, p["sketches"][2]]},
+    ],
+)
+def test_forged_manifests_with_right_checksums_are_refused(
+    pristine: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    with pytest.raises(StoreDamaged):
+        Manifest.from_bytes(forge(pristine, change))
+
+
+KINDS = ["maps", "manifest", "features", "index", "projector", "sketches", "artifact-templates"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from(["maps", "maps", "manifest", "features", "index", "projector"]),
+    kind=st.sampled_from(["maps", *KINDS]),
     place=st.floats(0, 1, exclude_max=True),
     bit=st.integers(0, 7),
 )
@@ -154,7 +226,10 @@ def test_a_bit_flip_anywhere_is_skipped_cured_or_clearly_refused(
         }
         assert len(hit) == 1
         assert sound_entries(path) == set(range(ENTRIES)) - hit
-    elif kind == "index":
+    elif kind in {"index", "artifact-templates"}:
+        with LocalStore.open(path) as store:
+            problems = store.verify().problems
+        assert [problem.startswith(file.name) for problem in problems] == [True]
         assert sound_entries(path) == set(range(ENTRIES))
     else:
         with pytest.raises(StoreDamaged):
@@ -256,7 +331,8 @@ def test_a_crash_before_any_disk_operation_leaves_the_old_or_the_new_state(
                 with LocalStore.open(path, writable=True, roll_bytes=1) as store:
                     store.put(make_record(ENTRIES))
                     if publishing:
-                        store.publish({}, b"new", {}, make_features(ENTRIES + 1))
+                        features = make_features(ENTRIES + 1)
+                        store.publish({}, b"new", {}, features, artifacts={"new": b"new"})
                     else:
                         store.commit()
             finished = True
@@ -266,11 +342,49 @@ def test_a_crash_before_any_disk_operation_leaves_the_old_or_the_new_state(
             entries = store.stats().entries
             new = entries == ENTRIES + 1
             assert new or entries == ENTRIES
-            assert store.projector_bytes == (b"new" if new and publishing else b"projector")
+            published = new and publishing
+            assert store.projector_bytes == (b"new" if published else b"projector")
+            assert store.artifact("new") == (b"new" if published else None)
+            assert store.artifact("templates") == (None if published else ARTIFACTS["templates"])
+            found = store.overlaps([make_sketch(ENTRIES)], neighbours=1, deadline=NEVER)
+            assert (found[0][0].entry_id == ENTRIES) == published
             for entry_id, record in store.records():
                 assert_same(record, make_record(entry_id))
             assert store.verify().damaged == [] and store.stats().damaged == 0
         outcomes.append(new)
+        if finished:
+            break
+    assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}
+
+
+def test_a_crash_while_a_plan_is_published_leaves_the_old_or_the_new_one_with_its_artifacts(
+    pristine: Path, scratch: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = {"templates": b"new templates", "extra": b"extra"}
+    outcomes = []
+    for operation in range(100):
+        path = scratch(pristine)
+        try:
+            with monkeypatch.context() as dying:
+                crash_at(dying, operation)
+                with LocalStore.open(path, writable=True) as store:
+                    store.publish_plan({"layers": [0]}, {"calibration": 1}, new)
+            finished = True
+        except Crash:
+            finished = False
+        for writable in (False, True):
+            with LocalStore.open(path, writable=writable) as store:
+                assert store.verify().ok
+                changed = store.plan == {"layers": [0]}
+                assert changed or store.plan == {"layers": [1, 3]}
+                published = store.manifest.published
+                assert published is not None and ("calibration" in published.report) == changed
+                artifacts = {name: store.artifact(name) for name in published.artifacts}
+                assert artifacts == (new if changed else ARTIFACTS)
+        # The writer cleared away what nothing refers to.
+        names = {path.name for path in path.glob("artifact-*")}
+        assert names == {file.name for file in published.artifacts.values()}
+        outcomes.append(changed)
         if finished:
             break
     assert outcomes == sorted(outcomes) and set(outcomes) == {False, True}
@@ -306,7 +420,9 @@ def test_nothing_is_renamed_into_place_before_what_it_needs_is_durable(
             monkeypatch.setattr(os, function.__name__, function)
         for number in range(ENTRIES, ENTRIES + 3):
             store.put(make_record(number))
-        store.publish({}, b"new", {}, make_features(ENTRIES + 3))
+        store.publish({}, b"new", {}, make_features(ENTRIES + 3), artifacts={"new": b"new"})
+        assert path.stat().st_ino in synced
+        store.publish_plan({}, {}, {"new": b"newer"})
         assert path.stat().st_ino in synced
 
 
@@ -371,6 +487,7 @@ def test_a_killed_writer_loses_no_commit_and_resumes(tmp_path: Path) -> None:
                 assert_same(record, make_record(entry_id, map_bytes=700))
             if (published := store.manifest.published) is not None:
                 assert store.projector_bytes == b"%d" % store.plan["entries"]
+                assert store.artifact("templates") == store.projector_bytes
                 assert published.rows == store.plan["entries"]
             assert store.stats().damaged == 0
     assert acknowledged > 8

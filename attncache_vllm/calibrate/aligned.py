@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of aligned reuse: edited copies of the store's own texts, served from the originals.
+
+The layers are chosen on edits of one rate; the gate is the novelty up to which they stay in the
+budget on edits of several.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from attncache_vllm.calibrate.budget import Budget
+from attncache_vllm.calibrate.choose import (
+    Candidate,
+    Chosen,
+    Groups,
+    best_first,
+    candidates,
+    every_layer,
+    measure_curve,
+    points,
+    table,
+)
+from attncache_vllm.calibrate.edits import Tokens, edit
+from attncache_vllm.calibrate.fidelity import Fidelity
+from attncache_vllm.calibrate.measure import Measured
+from attncache_vllm.calibrate.model import CalibratedModel
+from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
+from attncache_vllm.calibrate.trials import Trials
+from attncache_vllm.engine.calibrate import HitOf
+from attncache_vllm.engine.step import Hit, Served
+from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.reuse.align import Alignment, align
+from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.match import AlignedGate
+from attncache_vllm.reuse.plan import SourcePlan
+from attncache_vllm.store.local import LocalStore
+
+# Edited tokens of the copies that the layers are chosen on, and of those that set the gate.
+CHOOSE_RATE = 0.05
+GATE_RATES = (0.02, 0.05, 0.1, 0.2)
+# Texts that the damage of every single layer is measured on, and at most for everything else.
+PROBE_TEXTS = 8
+MAX_TEXTS = 40
+# Bound of the maps held in memory at once.
+MAX_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """An entry of the store with its maps by layer."""
+
+    tokens: Tokens
+    maps: Mapping[int, RowBlocks]
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """Edited copies of some originals, and what serves them."""
+
+    texts: list[Tokens]
+    alignments: list[Alignment]
+    maps: list[Mapping[int, RowBlocks]]
+
+    @property
+    def novelties(self) -> list[float]:
+        causal = next(iter(self.maps[0].values())).layout.mask.causal
+        return [alignment.novelty(causal) for alignment in self.alignments]
+
+    def hits(self, groups: Groups) -> HitOf:
+        """Serve the layers of ``groups``."""
+        found = {
+            tokens.tobytes(): {layer: Served("aligned", maps[layer], alignment) for layer in groups}
+            for tokens, alignment, maps in zip(self.texts, self.alignments, self.maps, strict=True)
+        }
+
+        def hit_of(row: Row) -> Hit | None:
+            assert row.token_ids is not None
+            return Hit("aligned", found[row.token_ids.tobytes()])
+
+        return hit_of
+
+
+class AlignedChooser:
+    """Finds the layers that aligned maps may serve."""
+
+    def __init__(
+        self,
+        model: CalibratedModel,
+        store: Path,
+        seed: int,
+        vocabulary_of: Sequence[Tokens],
+        trials: Trials,
+        saving: SavingModel,
+    ) -> None:
+        """``vocabulary_of`` are texts whose tokens stand in for edited ones."""
+        self._model = model
+        self._seed = seed
+        self._trials = trials
+        self._saving = replace(saving, around=False)
+        special = model.special_tokens()
+        every = np.unique(np.concatenate(list(vocabulary_of))).tolist()
+        self._vocabulary = [token for token in every if token not in special]
+        self._originals = _originals(store, model, seed)
+
+    def choose(self, budget: Budget) -> dict[str, Chosen]:
+        """Plans of the sources ``aligned`` and ``prefix``; none if the store has too few texts."""
+        half = len(self._originals) // 2
+        if half < 4:
+            return {}
+        budget = budget.without_task()
+        choose = self._copies(self._originals[:half], CHOOSE_RATE)
+        check = self._originals[half:]
+        measured = Measured(self._model, choose.texts)
+        damages = self._damages(choose)
+        parcels = by_damage_per_saving(damages, self._saving, whole_layers=True)
+
+        def measure(candidate: Candidate) -> Fidelity:
+            return self._trials.get(
+                f"aligned {candidate.groups}",
+                partial(self._serve, candidate.groups, choose, measured),
+            )
+
+        curve = measure_curve(candidates(parcels, self._saving), budget, measure)
+        sensitivity = table(damages, self._saving.num_layers)
+        chosen: dict[str, Chosen] = {}
+        for candidate in best_first(curve, budget):
+            gate, rate, figures = self._gate(candidate, check, budget)
+            if rate >= CHOOSE_RATE:
+                plan = SourcePlan(
+                    every_layer(candidate.groups, self._saving.num_layers),
+                    gate,
+                    errors=self._errors(candidate, choose),
+                )
+                chosen["aligned"] = Chosen(plan, sensitivity, points(curve), figures)
+                break
+        chosen.update(self._prefix(chosen))
+        return chosen
+
+    def _prefix(self, chosen: Mapping[str, Chosen]) -> dict[str, Chosen]:
+        """Everything else that is recorded, in causal models: exact, so nothing is measured."""
+        served = chosen["aligned"].plan.layers if "aligned" in chosen else ()
+        maps = self._originals[0].maps
+        groups = {
+            layer: blocks.groups
+            for layer, blocks in maps.items()
+            if layer not in served and blocks.layout.mask.causal
+        }
+        if not groups:
+            return {}
+        plan = SourcePlan(every_layer(groups, self._saving.num_layers))
+        exact = {"rank_fidelity": 1.0, "self_retrieval": 1.0, "centred_cosine": 1.0}
+        return {"prefix": Chosen(plan, [], [], exact)}
+
+    def _damages(self, copies: Copies) -> dict[tuple[int, int], float]:
+        probe, damages = Measured(self._model, copies.texts[:PROBE_TEXTS]), {}
+        with progress() as bar:
+            layers = sorted(copies.maps[0])
+            for layer in bar.track(layers, description="damage of each layer, aligned"):
+                groups = copies.maps[0][layer].groups
+                fidelity = self._trials.get(
+                    f"aligned layer {layer}", partial(self._serve, {layer: groups}, copies, probe)
+                )
+                for group in groups:
+                    damages[layer, group] = (1 - fidelity.centred_cosine) / len(groups)
+        return damages
+
+    def _serve(self, groups: Groups, copies: Copies, measured: Measured) -> Fidelity:
+        with self._model.calibrator.serving(copies.hits(groups)):
+            return measured.fidelity()
+
+    def _gate(
+        self, candidate: Candidate, originals: Sequence[Original], budget: Budget
+    ) -> tuple[float, float, dict[str, Any]]:
+        """The novelty up to which texts that chose nothing stay in the budget, the rate of edits
+        that it comes from (0 if none does), and what is kept there."""
+        gate, passed, rates = 0.0, 0.0, []
+        kept: dict[str, Any] = {}
+        # What returning the originals' answers would keep, for comparison.
+        stale = self._model.run([original.tokens for original in originals])
+        for rate in GATE_RATES:
+            copies = self._copies(originals, rate)
+            measured = Measured(self._model, copies.texts)
+            with self._model.calibrator.serving(copies.hits(candidate.groups)):
+                fidelity, report = measured.fidelity(), measured.report()
+            rates.append(
+                {
+                    "rate": rate,
+                    "novelty": round(fmean(copies.novelties), 4),
+                    "rank_fidelity": report["rank_fidelity"],
+                    "self_retrieval": report["self_retrieval"],
+                    "stale_rank_fidelity": round(measured.compared(stale).pairwise_spearman, 4),
+                }
+            )
+            if not budget.holds(fidelity):
+                break
+            gate, passed, kept = max(copies.novelties), rate, report
+        return gate, passed, {**kept, **candidate.shares, "rates": rates}
+
+    def _errors(self, candidate: Candidate, copies: Copies) -> tuple[tuple[float, float], ...]:
+        with self._model.calibrator.comparing(copies.hits(candidate.groups)) as errors:
+            self._model.run(copies.texts)
+        return tuple(
+            (round(fmean(errors[layer]), 5), round(pstdev(errors[layer]), 5))
+            if layer in errors
+            else (0.0, 0.0)
+            for layer in range(self._saving.num_layers)
+        )
+
+    def _copies(self, originals: Sequence[Original], rate: float) -> Copies:
+        texts, alignments = [], []
+        for number, original in enumerate(originals):
+            seed = (self._seed, number, round(rate * 1000))
+            # A copy may have grown beyond what the model takes.
+            tokens = edit(original.tokens, rate, self._vocabulary, seed)[: self._model.max_tokens]
+            causal = next(iter(original.maps.values())).layout.mask.causal
+            gate = AlignedGate(causal, math.inf, 1.0, 0.0)
+            match = gate.match(0, align(tokens, original.tokens))
+            assert match.aligned is not None
+            texts.append(tokens)
+            alignments.append(match.aligned)
+        return Copies(texts, alignments, [original.maps for original in originals])
+
+
+def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]:
+    """Some of the store's entries, drawn by ``seed``, as far as memory allows."""
+    layouts = model.calibrator.layouts
+    found: list[Original] = []
+    with LocalStore.open(store) as opened:
+        ids = np.random.default_rng(seed).permutation(len(opened.manifest.entries)).tolist()
+        held = 0
+        for entry_id in ids:
+            if len(found) == MAX_TEXTS or held > MAX_BYTES:
+                break
+            (record,) = opened.load([entry_id], deadline=math.inf)
+            if record is None:
+                continue
+            maps = {
+                layer: decode_map(torch.from_numpy(encoded), layouts[layer], record.length)
+                for layer, encoded in record.maps.items()
+                if layer in layouts
+            }
+            held += sum(blocks.nbytes for blocks in maps.values())
+            found.append(Original(np.array(record.token_ids), maps))
+    return found

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``attncache calibrate``: which KV groups of which layers may be served, from where, and when.
+
+Texts are parted by seed: some make templates and corrections, some choose the plan, and some, which
+took part in nothing, measure what the plan keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from attncache_vllm import __version__
+from attncache_vllm.calibrate.aligned import AlignedChooser
+from attncache_vllm.calibrate.budget import Budget
+from attncache_vllm.calibrate.choose import Chosen
+from attncache_vllm.calibrate.corpus import Text, token_hash
+from attncache_vllm.calibrate.edits import Tokens
+from attncache_vllm.calibrate.measure import Measured, Task
+from attncache_vllm.calibrate.model import CalibratedModel
+from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.saving import SavingModel
+from attncache_vllm.calibrate.template import TemplateChooser
+from attncache_vllm.calibrate.trials import Trials
+from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.correct import corrections_to_bytes
+from attncache_vllm.reuse.plan import Plan, SourcePlan
+from attncache_vllm.store.local import LocalStore
+from attncache_vllm.store.manifest import Manifest
+
+TRIALS_NAME = "calibration.json"
+# Fewer texts say too little about ranks; more than the second cost time and change nothing.
+MIN_TEXTS = 24
+MAX_FIT_TEXTS = 256
+MAX_CHOOSE_TEXTS = 48
+MAX_CHECK_TEXTS = 64
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """What ``attncache calibrate`` was asked for. ``task`` is that of the budget, if it has one."""
+
+    model: str
+    store: Path
+    budget: Budget
+    task: Task | None = None
+    sources: tuple[str, ...] = ("template", "aligned")
+    min_tokens: int = 16
+    max_tokens: int = 512
+    seed: int = 0
+    serve_options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Token ids of the texts, by what they are used for."""
+
+    fit: list[Tokens]
+    choose: list[Tokens]
+    check: list[Tokens]
+
+
+def calibrate(options: CalibrateOptions, texts: Sequence[Text]) -> dict[str, Any]:
+    """Calibrate the store's plan; returns the report that is published with it.
+
+    Cut off, it goes on with the next trial when called again.
+
+    Raises:
+        SettingsError, StoreError: with rule, value and remedy.
+    """
+    started = time.monotonic()
+    manifest = Manifest.read(options.store)
+    longest = max((entry.length for entry in manifest.entries), default=options.max_tokens)
+    max_tokens = max(options.max_tokens, longest)
+    model = CalibratedModel(options.model, options.store, max_tokens, options.serve_options)
+    try:
+        splits = _split(model, options, texts)
+        trials = Trials(options.store / TRIALS_NAME, _fingerprint(options, splits, manifest))
+        saving = _saving(model, splits)
+        chosen, artifacts = _choose(model, options, splits, trials, saving)
+        report = _report(options, splits, chosen, saving)
+        report["seconds"] = round(time.monotonic() - started, 1)
+        _publish(options, chosen, report, artifacts)
+        trials.discard()
+    finally:
+        model.close()
+    return report
+
+
+def _split(model: CalibratedModel, options: CalibrateOptions, texts: Sequence[Text]) -> Splits:
+    tokens: dict[bytes, Tokens] = {}
+    with progress() as bar:
+        for text in bar.track(texts, description="reading texts"):
+            ids = model.tokenize(text.text, text.pair, options.max_tokens)
+            if len(ids) >= options.min_tokens:
+                tokens.setdefault(token_hash(ids.tolist()), ids)
+    if len(tokens) < MIN_TEXTS:
+        raise SettingsError(
+            f"a calibration needs at least {MIN_TEXTS} different texts of at least "
+            f"{options.min_tokens} tokens, got {len(tokens)}; give a larger corpus"
+        )
+    every = [tokens[key] for key in sorted(tokens)]
+    random.Random(options.seed).shuffle(every)
+    check = min(MAX_CHECK_TEXTS, len(every) // 4)
+    choose = min(MAX_CHOOSE_TEXTS, len(every) // 4)
+    return Splits(
+        fit=every[check + choose :][:MAX_FIT_TEXTS],
+        choose=every[check : check + choose],
+        check=every[:check],
+    )
+
+
+def _fingerprint(options: CalibrateOptions, splits: Splits, manifest: Manifest) -> str:
+    """Everything that the result of a trial depends on."""
+    digest = hashlib.sha256()
+    digest.update(json.dumps([__version__, manifest.namespace.digest(), options.seed]).encode())
+    digest.update(json.dumps(options.serve_options).encode())
+    if options.task is not None:
+        digest.update(json.dumps([options.task.sent, options.task.exact_only]).encode())
+    for part in (splits.fit, splits.choose, splits.check):
+        for tokens in part:
+            digest.update(token_hash(tokens.tolist()))
+    for entry in manifest.entries:
+        digest.update(entry.token_hash)
+    return digest.hexdigest()
+
+
+def _saving(model: CalibratedModel, splits: Splits) -> SavingModel:
+    lengths = sorted(len(tokens) for tokens in splits.check)
+    config = model.config
+    return SavingModel(
+        model.calibrator.layouts,
+        hidden=config.get_hidden_size(),
+        head_size=config.get_head_size(),
+        num_layers=config.hf_text_config.num_hidden_layers,
+        length=lengths[len(lengths) // 2],
+    )
+
+
+def _choose(
+    model: CalibratedModel,
+    options: CalibrateOptions,
+    splits: Splits,
+    trials: Trials,
+    saving: SavingModel,
+) -> tuple[dict[str, Chosen], dict[str, bytes]]:
+    chosen: dict[str, Chosen] = {}
+    artifacts: dict[str, bytes] = {}
+    if "template" in options.sources:
+        tasks = (None, None) if options.task is None else options.task.halves()
+        choose = Measured(model, splits.choose, tasks[0])
+        check = Measured(model, splits.check, tasks[1])
+        templates = TemplateChooser(model, splits.fit, choose, check, trials, saving)
+        found = templates.choose(options.budget)
+        if found is not None:
+            chosen["template"] = found
+            artifacts["templates"] = templates.selected(found).to_bytes()
+    if "aligned" in options.sources:
+        aligned = AlignedChooser(model, options.store, options.seed, splits.fit, trials, saving)
+        chosen.update(aligned.choose(options.budget))
+    corrections = {
+        (source, layer): correction
+        for layer, of_layer in model.calibrator.corrections.items()
+        for source, correction in of_layer.items()
+        if source in chosen and layer in chosen[source].plan.corrected
+    }
+    if corrections:
+        artifacts["corrections"] = corrections_to_bytes(corrections)
+    return chosen, artifacts
+
+
+def _report(
+    options: CalibrateOptions, splits: Splits, chosen: dict[str, Chosen], saving: SavingModel
+) -> dict[str, Any]:
+    return {
+        "budget": asdict(options.budget),
+        "texts": {name: len(part) for name, part in vars(splits).items()},
+        "tokens": saving.length,
+        "sensitivity": {source: part.sensitivity for source, part in chosen.items()},
+        "curve": {source: part.curve for source, part in chosen.items()},
+        "predicted": {source: part.predicted for source, part in chosen.items()},
+        "seed": options.seed,
+    }
+
+
+def _publish(
+    options: CalibrateOptions,
+    chosen: dict[str, Chosen],
+    report: dict[str, Any],
+    artifacts: dict[str, bytes],
+) -> None:
+    with LocalStore.open(options.store, writable=True) as store:
+        old = Plan.from_dict(store.plan)
+        sources: dict[Any, SourcePlan] = {name: part.plan for name, part in chosen.items()}
+        plan = Plan(old.feature_layer, old.num_layers, sources)
+        published = store.manifest.published
+        assert published is not None
+        store.publish_plan(plan.to_dict(), {**published.report, "calibration": report}, artifacts)

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From damages to a plan: nested sets of what to serve, and the largest inside the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from attncache_vllm.calibrate.budget import Budget
+from attncache_vllm.calibrate.fidelity import Fidelity
+from attncache_vllm.calibrate.saving import SavingModel
+from attncache_vllm.reuse.plan import SourcePlan
+
+Damages = Mapping[tuple[int, int], float]
+Groups = dict[int, tuple[int, ...]]
+
+# Shares of the KV groups at which a curve is measured.
+SHARES = (1 / 8, 1 / 4, 1 / 3, 5 / 12, 1 / 2, 2 / 3, 5 / 6, 1.0)
+# So far below the budget a curve does not come back.
+HOPELESS = 0.05
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What was chosen of one source.
+
+    Attributes:
+        plan: to be published.
+        sensitivity: per layer and KV group the damage when it alone is served, 1 less the centred
+            cosine to the exact answers.
+        curve: fidelity and saving of each candidate on the texts that chose.
+        predicted: the plan's fidelity on texts that chose nothing, with 95 % intervals.
+    """
+
+    plan: SourcePlan
+    sensitivity: list[list[float]]
+    curve: list[dict[str, Any]]
+    predicted: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of KV groups by layer that could be served."""
+
+    name: str
+    groups: Groups
+    groups_share: float
+    saving: float
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """For reports."""
+        return {"groups_share": round(self.groups_share, 4), "saving": round(self.saving, 4)}
+
+
+def candidates(
+    parcels: Sequence[tuple[tuple[int, int], ...]],
+    saving: SavingModel,
+    base: Candidate | None = None,
+) -> list[Candidate]:
+    """Nested sets of the first parcels of (layer, KV group), at about the shares of a curve.
+
+    ``base`` is in all of them; parcels that it has parts of are left out.
+    """
+    first = [] if base is None else _items(base.groups)
+    held = set(first)
+    total = saving.num_layers * next(iter(saving.layouts.values())).num_kv_heads
+    found: dict[int, Candidate] = {}
+    for share in SHARES:
+        taken = list(first)
+        for parcel in parcels:
+            if held.isdisjoint(parcel):
+                if len(taken) > len(first) and len(taken) + len(parcel) > round(share * total):
+                    break
+                taken += parcel
+        if len(taken) > len(first) and len(taken) not in found:
+            groups = by_layer(taken)
+            whole = sum(len(g) == saving.layouts[i].num_kv_heads for i, g in groups.items())
+            found[len(taken)] = Candidate(
+                f"{whole} whole layers, {len(taken)} KV groups",
+                groups,
+                len(taken) / total,
+                saving.share(groups),
+            )
+    return list(found.values())
+
+
+def _items(groups: Groups) -> list[tuple[int, int]]:
+    return [(layer, group) for layer, of_layer in groups.items() for group in of_layer]
+
+
+def by_layer(items: Sequence[tuple[int, int]]) -> Groups:
+    """``[(layer, group), ...]`` as groups by layer, all ascending."""
+    groups: dict[int, list[int]] = {}
+    for layer, group in sorted(items):
+        groups.setdefault(layer, []).append(group)
+    return {layer: tuple(of_layer) for layer, of_layer in groups.items()}
+
+
+def measure_curve(
+    ordered: Sequence[Candidate], budget: Budget, measure: Callable[[Candidate], Fidelity]
+) -> list[tuple[Candidate, Fidelity]]:
+    """Fidelity of nested candidates, smallest first, until they are hopeless."""
+    curve = []
+    for candidate in ordered:
+        fidelity = measure(candidate)
+        curve.append((candidate, fidelity))
+        if budget.slack(fidelity) < -HOPELESS:
+            break
+    return curve
+
+
+def best_first(curve: Sequence[tuple[Candidate, Fidelity]], budget: Budget) -> list[Candidate]:
+    """The candidates inside the budget, largest saving first."""
+    inside = [candidate for candidate, fidelity in curve if budget.holds(fidelity)]
+    return sorted(inside, key=lambda candidate: -candidate.saving)
+
+
+def points(curve: Sequence[tuple[Candidate, Fidelity]]) -> list[dict[str, Any]]:
+    """A curve as plain data for the report."""
+    return [
+        {
+            "name": candidate.name,
+            **candidate.shares,
+            "rank_fidelity": round(fidelity.pairwise_spearman, 4),
+            "self_retrieval": round(fidelity.self_retrieval, 4),
+            "centred_cosine": round(fidelity.centred_cosine, 4),
+            **(
+                {}
+                if fidelity.task_change is None
+                else {"task_change": round(fidelity.task_change, 4)}
+            ),
+        }
+        for candidate, fidelity in curve
+    ]
+
+
+def table(damages: Damages, num_layers: int) -> list[list[float]]:
+    """Damages as one list of KV groups per layer; empty for layers that cannot be served."""
+    return [
+        [round(damage, 6) for (at, _), damage in sorted(damages.items()) if at == layer]
+        for layer in range(num_layers)
+    ]
+
+
+def every_layer(groups: Groups, num_layers: int) -> tuple[tuple[int, ...], ...]:
+    """Groups by layer as a plan has them."""
+    return tuple(groups.get(layer, ()) for layer in range(num_layers))

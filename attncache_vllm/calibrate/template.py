@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration of templates: which KV groups the mean maps of the corpus may serve, corrected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from statistics import fmean, pstdev
+
+from torch import Tensor
+
+from attncache_vllm.calibrate.budget import Budget
+from attncache_vllm.calibrate.choose import (
+    Candidate,
+    Chosen,
+    Groups,
+    best_first,
+    candidates,
+    every_layer,
+    measure_curve,
+    points,
+    table,
+)
+from attncache_vllm.calibrate.edits import Tokens
+from attncache_vllm.calibrate.fidelity import Fidelity, compare
+from attncache_vllm.calibrate.measure import Measured
+from attncache_vllm.calibrate.model import STEP_SEQUENCES, STEP_TOKENS, CalibratedModel
+from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
+from attncache_vllm.calibrate.trials import Trials
+from attncache_vllm.engine.calibrate import HitOf
+from attncache_vllm.engine.step import Hit, Served
+from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.plan import SourcePlan
+from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
+
+# Texts that the damage of every single KV group is measured on, and where they are cut: only the
+# order of the damages matters, and there are many groups.
+PROBE_TEXTS = 10
+PROBE_TOKENS = 256
+
+
+def template_hits(templates: Templates) -> HitOf:
+    """Serve every sequence from ``templates``."""
+
+    def hit_of(row: Row) -> Hit | None:
+        served = {
+            layer: Served("template", maps)
+            for layer in templates.layers
+            if (maps := templates.get(layer, row.length)) is not None
+        }
+        return Hit("template", served) if served else None
+
+    return hit_of
+
+
+class TemplateChooser:
+    """Makes templates from some texts, and finds what they may serve."""
+
+    def __init__(
+        self,
+        model: CalibratedModel,
+        fit: Sequence[Tokens],
+        choose: Measured,
+        check: Measured,
+        trials: Trials,
+        saving: SavingModel,
+    ) -> None:
+        self._model = model
+        self._calibrator = model.calibrator
+        self._fit = _one_step(fit)
+        self._choose = choose
+        self._check = check
+        self._trials = trials
+        self._saving = saving
+        self._layouts = model.calibrator.layouts
+        self._templates = self._make_templates(fit)
+
+    def choose(self, budget: Budget) -> Chosen | None:
+        """The plan with the largest saving inside ``budget``; None if there is none."""
+        damages = self._damages()
+        with progress() as bar:
+            task = bar.add_task("fitting and measuring sets", total=None)
+
+            def measure(candidate: Candidate) -> Fidelity:
+                bar.advance(task)
+                return self._trials.get(
+                    f"template {candidate.groups}", partial(self._fidelity, candidate)
+                )
+
+            # Whole layers save most. What is left of the budget is filled with single groups.
+            layers = by_damage_per_saving(damages, self._saving, whole_layers=True)
+            curve = measure_curve(candidates(layers, self._saving), budget, measure)
+            base = next(iter(best_first(curve, budget)), None)
+            groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
+            curve += measure_curve(candidates(groups, self._saving, base), budget, measure)
+        for candidate in best_first(curve, budget):
+            self._fit_corrections(candidate)
+            with self._calibrator.serving(self._hits(candidate.groups)):
+                # The texts that chose it flatter it a little: what they let pass must pass here.
+                inside = budget.holds(self._check.fidelity())
+                report = self._check.report() if inside else None
+            if report is not None:
+                num_layers = self._saving.num_layers
+                plan = SourcePlan(
+                    every_layer(candidate.groups, num_layers),
+                    corrected=tuple(
+                        layer
+                        for layer, of_layer in sorted(self._calibrator.corrections.items())
+                        if "template" in of_layer
+                    ),
+                    errors=self._errors(candidate),
+                )
+                return Chosen(
+                    plan, table(damages, num_layers), points(curve), {**report, **candidate.shares}
+                )
+        return None
+
+    def selected(self, chosen: Chosen) -> Templates:
+        """The templates that a plan needs."""
+        groups = chosen.plan.groups
+        return self._templates.select({layer: groups[layer] for layer in chosen.plan.layers})
+
+    def _make_templates(self, texts: Sequence[Tokens]) -> Templates:
+        # Up to the end of the longest text's bucket: texts that were cut all have that length.
+        longest = bucket_of(max(len(tokens) for tokens in texts))
+        sums = TemplateSums(self._layouts, longest)
+        rest = texts[len(self._fit) :]
+        with progress() as bar, self._calibrator.summing(sums):
+            task = bar.add_task("averaging maps", total=len(texts))
+            with self._calibrator.keeping():
+                self._model.run(self._fit)
+            bar.advance(task, len(self._fit))
+            for tokens in rest:
+                self._model.run([tokens])
+                bar.advance(task)
+        try:
+            return sums.means()
+        except ValueError as error:
+            raise SettingsError(str(error)) from None
+
+    def _damages(self) -> dict[tuple[int, int], float]:
+        probe = [tokens[:PROBE_TOKENS] for tokens in self._choose.texts[:PROBE_TEXTS]]
+        exact = self._model.run(probe)
+        items = [
+            (layer, group)
+            for layer, layout in sorted(self._layouts.items())
+            for group in range(layout.num_kv_heads)
+        ]
+        damages = {}
+        with progress() as bar:
+            for layer, group in bar.track(items, description="damage of each KV group"):
+                fidelity = self._trials.get(
+                    f"template layer {layer} group {group}",
+                    partial(self._alone, {layer: (group,)}, probe, exact),
+                )
+                damages[layer, group] = 1 - fidelity.centred_cosine
+        return damages
+
+    def _alone(self, groups: Groups, probe: Sequence[Tokens], exact: Tensor) -> Fidelity:
+        with self._calibrator.serving(self._hits(groups)):
+            return compare(exact, self._model.run(probe))
+
+    def _fidelity(self, candidate: Candidate) -> Fidelity:
+        self._fit_corrections(candidate)
+        with self._calibrator.serving(self._hits(candidate.groups)):
+            return self._choose.fidelity()
+
+    def _fit_corrections(self, candidate: Candidate) -> None:
+        with self._calibrator.fitting("template", self._hits(candidate.groups)):
+            self._model.run(self._fit)
+
+    def _errors(self, candidate: Candidate) -> tuple[tuple[float, float], ...]:
+        """Per layer mean and deviation of what canaries will measure."""
+        with self._calibrator.comparing(self._hits(candidate.groups)) as errors:
+            self._model.run(self._choose.texts)
+        return tuple(
+            (round(fmean(errors[layer]), 5), round(pstdev(errors[layer]), 5))
+            if layer in errors
+            else (0.0, 0.0)
+            for layer in range(self._saving.num_layers)
+        )
+
+    def _hits(self, groups: Groups) -> HitOf:
+        return template_hits(self._templates.select(groups))
+
+
+def _one_step(texts: Sequence[Tokens]) -> Sequence[Tokens]:
+    """As many of the first texts as one step of the engine takes, which is at least one."""
+    total = 0
+    for number, tokens in enumerate(texts[:STEP_SEQUENCES]):
+        total += len(tokens)
+        if total > STEP_TOKENS:
+            return texts[: max(1, number)]
+    return texts[:STEP_SEQUENCES]

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched lookups beside the forward pass: candidates, the best match, and its maps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from attncache_vllm.config import Settings
+from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.step import Hit, Sequence, Served
+from attncache_vllm.errors import AttnCacheError, StoreTimeout
+from attncache_vllm.reuse.align import Alignment, align
+from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.codec import CODEC, decode_map
+from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, best_aligned, nearest
+from attncache_vllm.reuse.plan import Plan, Source
+from attncache_vllm.reuse.resident import ResidentSet
+from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.store.protocol import MapStore, Record
+from attncache_vllm.store.records import MAX_LENGTH
+
+logger = compat.get_logger(__name__)
+
+# Maps are read from read-only memory and never written to; torch warns because it cannot mark that.
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+
+# Of exact neighbours the first would do; a compressed index ranks them a little wrong.
+NEIGHBOURS = 8
+# Aligning a candidate takes about a millisecond, and sketches rank them well.
+OVERLAPS = 4
+
+# Sources whose matches are looked up and loaded together.
+_ALIGNED: tuple[Source, ...] = ("aligned", "prefix")
+_NEAREST: tuple[Source, ...] = ("neighbour",)
+
+Maps = dict[tuple[Source, int], RowBlocks]
+
+
+class Lookups:
+    """Finds a match for each sequence of a batch, and loads its maps.
+
+    One thread: while a lookup that outlived its step still runs, no other is queued behind it, so
+    a slow store costs one step its deadline and not every step.
+    """
+
+    def __init__(
+        self,
+        store: MapStore,
+        projector: Projector,
+        plan: Plan,
+        settings: Settings,
+        layouts: Mapping[int, MapLayout],
+        groups: int,
+        device: torch.device,
+    ) -> None:
+        """``layouts`` are those of the layers that reuse maps here; ``groups`` is the number of KV
+        groups of all layers together; maps are kept on ``device``."""
+        self._store = store
+        self._projector = projector
+        self._plan = plan
+        self._layouts = layouts
+        self._device = device
+        self._causal = any(layout.mask.causal for layout in layouts.values())
+        self._aligned_gate = _aligned_gate(plan, self._causal, groups)
+        self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
+            settings.resident_bytes
+        )
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
+        )
+        self._running: Future[list[Hit | None]] | None = None
+
+    @property
+    def uses_features(self) -> bool:
+        """Whether pooled feature inputs are looked at."""
+        return "neighbour" in self._plan.sources
+
+    def start(
+        self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float
+    ) -> Future[list[Hit | None]] | None:
+        """Look up sequences, by feature if their pooled feature inputs ``[B, slots, hidden]`` are
+        given; None while another lookup runs."""
+        if self._running is not None and not self._running.done():
+            return None
+        self._running = self._thread.submit(self._look_up, sequences, pooled, deadline)
+        return self._running
+
+    def _look_up(
+        self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float
+    ) -> list[Hit | None]:
+        started = time.monotonic()
+        try:
+            return self._find(sequences, pooled, deadline)
+        except StoreTimeout:
+            metrics.STORE_FAULTS.labels("late").inc()
+            raise
+        except AttnCacheError as error:
+            metrics.STORE_FAULTS.labels("unavailable").inc()
+            compat.warn_once(logger, "map store unavailable, computing exactly: %s", str(error))
+            raise
+        except Exception:
+            # Not a fault of the store but of ours: say where, and let the step miss.
+            metrics.STORE_FAULTS.labels("internal").inc()
+            logger.exception("lookup failed, computing exactly")
+            raise
+        finally:
+            metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
+
+    def _find(
+        self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float
+    ) -> list[Hit | None]:
+        hits: list[Hit | None] = [None] * len(sequences)
+        known = [i for i, sequence in enumerate(sequences) if sequence.token_ids is not None]
+        if self._aligned_gate is not None and known:
+            found = self._aligned([sequences[i] for i in known], deadline)
+            for i, hit in zip(known, found, strict=True):
+                hits[i] = hit
+        rest = [i for i, hit in enumerate(hits) if hit is None]
+        if pooled is not None and rest:
+            found = self._nearest([sequences[i] for i in rest], pooled[rest], deadline)
+            for i, hit in zip(rest, found, strict=True):
+                hits[i] = hit
+        return hits
+
+    def _aligned(self, sequences: list[Sequence], deadline: float) -> list[Hit | None]:
+        assert self._aligned_gate is not None
+        tokens = [sequence.token_ids for sequence in sequences if sequence.token_ids is not None]
+        candidates = self._store.overlaps(
+            [sketch(ids) for ids in tokens], neighbours=OVERLAPS, deadline=deadline
+        )
+        wanted = sorted({candidate.entry_id for row in candidates for candidate in row})
+        loaded = self._store.token_ids(wanted, deadline=deadline)
+        stored = {i: ids for i, ids in zip(wanted, loaded, strict=True) if ids is not None}
+        matches = [
+            best_aligned(
+                self._aligned_gate.match(c.entry_id, align(ids, stored[c.entry_id]))
+                for c in row
+                if c.entry_id in stored
+            )
+            for ids, row in zip(tokens, candidates, strict=True)
+        ]
+        entries = self._load(_ALIGNED, [match.entry_id for match in matches if match], deadline)
+        return [
+            _aligned_hit(match, entries[match.entry_id])
+            if match is not None and match.entry_id in entries
+            else None
+            for match in matches
+        ]
+
+    def _nearest(
+        self, sequences: list[Sequence], pooled: torch.Tensor, deadline: float
+    ) -> list[Hit | None]:
+        with torch.inference_mode():
+            features = np.ascontiguousarray(self._projector(pooled).numpy(), dtype=np.float32)
+        gate = self._plan.sources["neighbour"].gate
+        usable = [(s.length, MAX_LENGTH if self._causal else s.length) for s in sequences]
+        found = self._store.lookup(features, usable, neighbours=NEIGHBOURS, deadline=deadline)
+        matches = [
+            nearest(candidates, sequence.length, gate, longer=self._causal)
+            for candidates, sequence in zip(found, sequences, strict=True)
+        ]
+        entries = self._load(_NEAREST, [match.entry_id for match in matches if match], deadline)
+        return [
+            _nearest_hit(entries[match.entry_id], sequence.length)
+            if match is not None and match.entry_id in entries
+            else None
+            for match, sequence in zip(matches, sequences, strict=True)
+        ]
+
+    def _load(
+        self, sources: tuple[Source, ...], entry_ids: list[int], deadline: float
+    ) -> dict[int, Maps]:
+        """The maps by source and layer of each entry whose record is sound."""
+        wanted = sorted(set(entry_ids))
+        found = {entry_id: self.resident.get((sources, entry_id)) for entry_id in wanted}
+        absent = [entry_id for entry_id, maps in found.items() if maps is None]
+        if absent:
+            records = self._store.load(absent, deadline=deadline)
+            for entry_id, record in zip(absent, records, strict=True):
+                maps = self._decode(sources, record) if record is not None else None
+                if maps is None:
+                    metrics.STORE_FAULTS.labels("damaged record").inc()
+                    continue
+                found[entry_id] = maps
+                size = sum(blocks.nbytes for blocks in maps.values())
+                self.resident.put((sources, entry_id), maps, size)
+        return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
+
+    def _decode(self, sources: tuple[Source, ...], record: Record) -> Maps | None:
+        """The record's maps; None when they are not what this model's maps must be."""
+        if record.codec != CODEC:
+            return None
+        wanted = [
+            (source, layer, part.groups[layer])
+            for source, part in self._plan.sources.items()
+            if source in sources
+            for layer in part.layers
+            if layer in self._layouts
+        ]
+        try:
+            maps = {
+                (source, layer): decode_map(
+                    torch.from_numpy(record.maps[layer]),
+                    self._layouts[layer],
+                    record.length,
+                    groups,
+                ).to(self._device)
+                for source, layer, groups in wanted
+            }
+        except KeyError as error:
+            compat.warn_once(logger, "a record lacks the map of layer %s", str(error))
+            return None
+        except ValueError as error:
+            compat.warn_once(logger, "a stored map does not fit this model: %s", str(error))
+            return None
+        if self._device.type == "cuda":
+            # The forward reads them on a stream of its own.
+            torch.cuda.current_stream(self._device).synchronize()
+        return maps
+
+
+def _aligned_gate(plan: Plan, causal: bool, groups: int) -> AlignedGate | None:
+    """``groups`` is the number of KV groups of all layers; None if the plan aligns nothing."""
+    parts = {source: plan.sources[source] for source in _ALIGNED if source in plan.sources}
+    if not parts:
+        return None
+    share = {source: sum(map(len, part.groups)) / groups for source, part in parts.items()}
+    gate = parts["aligned"].gate if "aligned" in parts else 0.0
+    return AlignedGate(causal, gate, share.get("aligned", 0.0), share.get("prefix", 0.0))
+
+
+def _aligned_hit(match: AlignedMatch, maps: Maps) -> Hit | None:
+    served = {}
+    for (source, layer), blocks in maps.items():
+        alignment = match.aligned if source == "aligned" else match.prefix
+        if alignment is not None and _sees_all(blocks, alignment):
+            served[layer] = Served(source, blocks, alignment)
+    if not served:
+        return None
+    approximate = any(item.source == "aligned" for item in served.values())
+    return Hit("aligned" if approximate else "prefix", served)
+
+
+def _sees_all(blocks: RowBlocks, alignment: Alignment) -> bool:
+    """Whether no window hides anything: beyond one, a stored row and the row that it serves do not
+    see the same columns."""
+    window = blocks.layout.mask.window
+    return window is None or window >= max(alignment.length, alignment.entry_length)
+
+
+def _nearest_hit(maps: Maps, length: int) -> Hit | None:
+    served = {
+        layer: Served(source, blocks)
+        for (source, layer), blocks in maps.items()
+        if blocks.layout.mask.causal or blocks.length == length
+    }
+    return Hit("neighbour", served) if served else None
+
+
+def _leave_compute_core() -> None:
+    """Let the calling thread run on any core that the worker's parent may use.
+
+    vLLM pins a CPU worker's threads to cores, and a new thread inherits the pin: left there, the
+    lookup would run on the forward's own core, in turn with it instead of beside it.
+    """
+    if hasattr(os, "sched_setaffinity"):  # not on macOS
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing among candidates whose fidelity is given."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attncache_vllm.calibrate.budget import Budget
+from attncache_vllm.calibrate.choose import (
+    HOPELESS,
+    SHARES,
+    Candidate,
+    best_first,
+    by_layer,
+    candidates,
+    every_layer,
+    measure_curve,
+    points,
+    table,
+)
+from attncache_vllm.calibrate.fidelity import Fidelity
+from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
+from attncache_vllm.reuse.layout import MapLayout, Mask
+
+NUM_LAYERS = 12
+SAVING = SavingModel({i: MapLayout(4, 2, Mask()) for i in range(10)}, 16, 4, NUM_LAYERS, 20)
+BUDGET = Budget(0.9, 0.8)
+
+damages_of_groups = st.fixed_dictionaries(
+    {(layer, group): st.floats(0, 1) for layer in range(10) for group in range(2)}
+)
+
+
+def candidate(size: int, saving: float | None = None) -> Candidate:
+    return Candidate(
+        f"groups {size}", {0: (0,)}, size / 10, size / 10 if saving is None else saving
+    )
+
+
+def kept(rank: float, found: float = 1.0, task: float | None = None) -> Fidelity:
+    return Fidelity(0.5, rank, found, task)
+
+
+def members_of(item: Candidate) -> set[tuple[int, int]]:
+    return {(layer, group) for layer, of_layer in item.groups.items() for group in of_layer}
+
+
+@given(damages_of_groups, st.booleans())
+def test_candidates_are_nested_and_as_large_as_the_shares_of_a_curve(
+    damages: dict[tuple[int, int], float], whole_layers: bool
+) -> None:
+    parcels = by_damage_per_saving(damages, SAVING, whole_layers)
+    found = candidates(parcels, SAVING)
+    sets = [members_of(item) for item in found]
+    assert all(smaller < larger for smaller, larger in pairwise(sets))
+    assert sets[-1] == set(damages)
+    total = 2 * NUM_LAYERS
+    sizes = {min(len(damages), round(share * total)) for share in SHARES}
+    if whole_layers:
+        sizes = {max(2, size // 2 * 2) for size in sizes}
+    assert {len(item) for item in sets} == sizes
+    for item, members in zip(found, sets, strict=True):
+        whole = sum(len(of_layer) == 2 for of_layer in item.groups.values())
+        assert item.name == f"{whole} whole layers, {len(members)} KV groups"
+        assert item.groups_share == pytest.approx(len(members) / total)
+        assert item.saving == pytest.approx(SAVING.share(item.groups))
+        taken = {part for parcel in parcels for part in parcel if part in members}
+        first = [part for parcel in parcels for part in parcel][: len(members)]
+        assert taken == set(first), "the cheapest first"
+
+
+@given(damages_of_groups, st.integers(0, len(SHARES) - 1))
+def test_a_base_is_in_every_candidate_and_the_rest_is_filled_up_in_order(
+    damages: dict[tuple[int, int], float], which: int
+) -> None:
+    layers = candidates(by_damage_per_saving(damages, SAVING, whole_layers=True), SAVING)
+    base = layers[min(which, len(layers) - 1)]
+    held = members_of(base)
+    parcels = by_damage_per_saving(damages, SAVING, whole_layers=False)
+    rest = [parcel[0] for parcel in parcels if parcel[0] not in held]
+    for item in candidates(parcels, SAVING, base):
+        members = members_of(item)
+        assert held < members
+        assert members - held == set(rest[: len(members) - len(held)])
+    assert bool(candidates(parcels, SAVING, base)) == bool(rest)
+    # Whole layers that the base has a part of are left out as a whole.
+    part = Candidate("", {0: (1,)}, 0.0, 0.0)
+    whole = by_damage_per_saving(damages, SAVING, whole_layers=True)
+    assert all(item.groups[0] == (1,) for item in candidates(whole, SAVING, part))
+
+
+def test_a_first_parcel_is_a_candidate_however_large() -> None:
+    parcels = [tuple((0, group) for group in range(2))]
+    small = SavingModel({0: MapLayout(4, 2, Mask())}, 16, 4, 1, 20)
+    assert [item.groups for item in candidates(parcels, small)] == [{0: (0, 1)}]
+
+
+@given(st.permutations([(0, 1), (2, 0), (2, 1), (5, 0)]))
+def test_groups_by_layer_ascend_whatever_the_order(items: list[tuple[int, int]]) -> None:
+    groups = by_layer(items)
+    assert list(groups.items()) == [(0, (1,)), (2, (0, 1)), (5, (0,))]
+    assert every_layer(groups, 6) == ((1,), (), (0, 1), (), (), (0,))
+
+
+def test_a_curve_ends_where_it_does_not_come_back() -> None:
+    ranks = iter([0.99, BUDGET.rank - HOPELESS / 2, 0.95, BUDGET.rank - HOPELESS - 0.01])
+    sizes = [candidate(size) for size in range(1, 8)]
+    curve = measure_curve(sizes, BUDGET, lambda _: kept(next(ranks)))
+    # A dip is passed, what is hopeless is the last that is shown.
+    assert [item.name for item, _ in curve] == ["groups 1", "groups 2", "groups 3", "groups 4"]
+    assert [point["rank_fidelity"] for point in points(curve)] == [0.99, 0.875, 0.95, 0.84]
+
+
+def test_a_curve_of_a_task_ends_with_the_task() -> None:
+    changes = iter([0.01, -0.02, -0.08])
+    budget = Budget(0.0, 0.0, task=0.02)
+    sizes = [candidate(size) for size in range(1, 5)]
+    curve = measure_curve(sizes, budget, lambda _: kept(0.1, 0.1, next(changes)))
+    assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.08]
+    assert [item.name for item in best_first(curve, budget)] == ["groups 2", "groups 1"]
+    assert "task_change" not in points([(sizes[0], kept(0.9))])[0]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 1), st.floats(0.8, 1), st.floats(0.7, 1)), max_size=12),
+)
+def test_what_is_inside_the_budget_is_tried_by_its_saving(
+    given_: list[tuple[float, float, float]],
+) -> None:
+    curve = [
+        (candidate(number, saving), kept(rank, found))
+        for number, (saving, rank, found) in enumerate(given_)
+    ]
+    best = best_first(curve, BUDGET)
+    inside = [item for item, fidelity in curve if BUDGET.holds(fidelity)]
+    assert sorted(item.name for item in best) == sorted(item.name for item in inside)
+    assert all(before.saving >= after.saving for before, after in pairwise(best))
+
+
+def test_damages_are_shown_by_layer_and_group() -> None:
+    damages = {(2, 1): 0.5, (0, 0): 0.123456789, (2, 0): 0.25}
+    assert table(damages, 4) == [[0.123457], [], [0.25, 0.5], []]
