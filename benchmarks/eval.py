@@ -186,8 +186,8 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
 def prediction_targets(predicted: dict[str, Any] | None, row: dict[str, Any]) -> list[Target]:
     """That each figure that was predicted for the source that served most requests lies inside its
     measured interval: a bound each way."""
-    hits = row["counts"]["hits"]
-    source = max(hits, key=lambda name: hits[name], default=None)
+    hits: dict[str, int] = row["counts"]["hits"]
+    source = max(hits, key=lambda name: hits[name], default="nothing")
     targets = []
     for name, value in (predicted or {}).get(source, {}).items():
         if name in row["ci95"] and isinstance(value, float):
