@@ -192,13 +192,18 @@ FIGURES = {
     "rank_fidelity": 0.985,
     "self_retrieval": 1.0,
     "ci95": {"rank_fidelity": [0.98, 0.995], "self_retrieval": [1.0, 1.0]},
-    "counts": {},
+    "counts": {"hits": {"aligned": 1, "template": 7}},
 }
 FOUND = {
     "rows": [
         {"model": "M", "workload": "texts", **FIGURES, "published_rule": {**FIGURES, "reuse": 0.5}}
     ],
-    "calibration": {"predicted": {"rank_fidelity": 0.997, "self_retrieval": 1.0, "ci95": {}}},
+    "calibration": {
+        "predicted": {
+            "aligned": {"rank_fidelity": 0.5},
+            "template": {"rank_fidelity": 0.997, "self_retrieval": 1.0, "ci95": {}},
+        }
+    },
     "plan": {},
     "entries": 8,
     "versions": {},

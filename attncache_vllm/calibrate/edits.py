@@ -13,7 +13,7 @@ Tokens = NDArray[np.int32]
 
 def edit(tokens: Tokens, rate: float, vocabulary: Sequence[int], seed: Sequence[int]) -> Tokens:
     """A copy with edits at about ``rate`` of the tokens: a third each are replaced, preceded by a
-    new one, and deleted. The first token stays, because it may be a special one.
+    new one, and deleted. The first and the last token stay, because they may be special ones.
 
     Args:
         tokens: int32 ``[L]``.
@@ -31,7 +31,7 @@ def edit(tokens: Tokens, rate: float, vocabulary: Sequence[int], seed: Sequence[
         )
     draw = np.random.default_rng(list(seed))
     edited = [int(tokens[0])]
-    for token in tokens[1:].tolist():
+    for token in tokens[1:-1].tolist():
         kind, new = draw.random(), int(draw.choice(vocabulary))
         if kind < rate / 3:
             edited.append(new)
@@ -39,4 +39,4 @@ def edit(tokens: Tokens, rate: float, vocabulary: Sequence[int], seed: Sequence[
             edited += [new, token]
         elif kind >= rate:
             edited.append(token)
-    return np.array(edited, dtype=np.int32)
+    return np.array([*edited, *tokens[1:][-1:].tolist()], dtype=np.int32)

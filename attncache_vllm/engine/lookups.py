@@ -71,7 +71,9 @@ class Lookups:
         self._layouts = layouts
         self._device = device
         self._causal = any(layout.mask.causal for layout in layouts.values())
-        self._aligned_gate = _aligned_gate(plan, self._causal, groups)
+        # One bidirectional layer, and rows of a common prefix are no longer exact.
+        every_causal = all(layout.mask.causal for layout in layouts.values())
+        self._aligned_gate = _aligned_gate(plan, every_causal, groups)
         self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
             settings.resident_bytes
         )

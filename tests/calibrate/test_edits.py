@@ -13,10 +13,12 @@ NEW = range(10_000, 10_100)  # tokens that the text does not have
 
 
 @given(st.integers(1, 40), st.floats(0, 1), st.integers(0, 9))
-def test_a_copy_begins_as_its_text_and_keeps_its_order(length: int, rate: float, seed: int) -> None:
+def test_a_copy_begins_and_ends_as_its_text_and_keeps_its_order(
+    length: int, rate: float, seed: int
+) -> None:
     copy = edit(TEXT[:length], rate, NEW, (seed,))
     assert copy.dtype == np.int32
-    assert copy[0] == TEXT[0]
+    assert (copy[0], copy[-1]) == (TEXT[0], TEXT[length - 1])
     kept = copy[copy < len(TEXT)]
     assert (np.diff(kept) > 0).all()
     assert set(kept) <= set(range(length))

@@ -537,10 +537,11 @@ def test_a_match_whose_layers_all_have_short_windows_is_no_hit(store: FakeStore)
     assert_maps_of(hit, 4, layouts)
 
 
-def test_bidirectional_texts_keep_no_prefix_and_compute_their_first_token(
-    store: FakeStore,
+@pytest.mark.parametrize("other", [BIDIRECTIONAL, CAUSAL])
+def test_with_a_bidirectional_layer_no_prefix_is_exact_and_the_first_token_is_computed(
+    store: FakeStore, other: MapLayout
 ) -> None:
-    layouts: Layouts = {2: BIDIRECTIONAL, 3: BIDIRECTIONAL}
+    layouts: Layouts = {2: BIDIRECTIONAL, 3: other}
     store.overlapping = [overlap(4)]
     ids = edit(4, 40)
     plan = shared({"aligned": ((), (), (0, 1), ()), "prefix": ((), (), (), (0, 1))})

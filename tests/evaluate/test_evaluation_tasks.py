@@ -83,6 +83,17 @@ def test_the_interval_of_a_difference_is_of_the_same_pairs() -> None:
     assert figures.ci95["difference"] == (0, 0)
 
 
+def test_halves_measure_on_different_pairs_and_a_change_is_the_difference() -> None:
+    exact = embeddings(201)
+    task, reused = pairs(200, exact), damaged(exact, 0.5)
+    first, second = task.halves()
+    assert sorted((*first.pairs, *second.pairs), key=repr) == sorted(task.pairs, key=repr)
+    assert len(first.pairs) == len(second.pairs) == 100
+    difference = task.figures(exact, reused, seed=0).values["difference"]
+    assert task.change(exact, reused) == pytest.approx(difference, abs=1e-12)
+    assert task.change(exact, reused) < 0 == task.change(exact, exact)
+
+
 def labelled(rows: int, seed: int) -> tuple[list[Labelled], Tensor]:
     """Texts of two classes, and embeddings that tell them apart by the first dimension."""
     vectors = embeddings(rows, seed)
@@ -104,6 +115,19 @@ def test_a_probe_of_exact_embeddings_meets_reused_ones() -> None:
     assert figures.values["reuse"] < 0.05
     assert figures.values["difference"] == figures.values["reuse"] - figures.values["exact"]
     check_intervals(figures)
+
+
+def test_halves_of_labels_test_different_texts_by_the_same_probe() -> None:
+    (test, exact), (fit, fitted) = labelled(60, 1), labelled(80, 2)
+    task, both = Labels(fit, test), torch.cat([exact, fitted])
+    first, second = task.halves()
+    assert {*first.sent} | {*second.sent} == {*task.sent}
+    assert not {*first.sent} & {*second.sent}
+    assert first.exact_only == second.exact_only == task.exact_only
+    reused = damaged(exact, 4.0)
+    difference = task.figures(both, reused, seed=0).values["difference"]
+    assert task.change(both, reused) == pytest.approx(difference, abs=1e-12)
+    assert task.change(both, reused) < 0 == task.change(both, exact)
 
 
 def test_labels_are_split_as_the_file_says_or_by_the_seed() -> None:
