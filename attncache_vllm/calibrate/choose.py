@@ -18,7 +18,7 @@ Groups = dict[int, tuple[int, ...]]
 # Shares of the KV groups at which a curve is measured.
 SHARES = (1 / 8, 1 / 4, 1 / 3, 5 / 12, 1 / 2, 2 / 3, 5 / 6, 1.0)
 # So far below the budget a curve does not come back.
-HOPELESS = 0.05
+HOPELESS = 0.03
 
 
 @dataclass(frozen=True)
