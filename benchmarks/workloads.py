@@ -252,7 +252,7 @@ WORKLOADS = {
         # vLLM's choice for a float32 pooling model is float16, slow on CPUs without FP16 units.
         serve=("--dtype", "bfloat16"),
         tokens=(2, 64),  # the longest test sentence has 46
-        full=Sizes(record=4000, choose=400, measure=1379),
+        full=Sizes(record=1000, choose=4000, measure=1379),
         quick=Sizes(record=200, choose=60, measure=150),
         prepare=sts_b,
         targets=(

@@ -37,7 +37,7 @@ from attncache_vllm.store.manifest import Manifest
 TRIALS_NAME = "calibration.json"
 # Fewer texts say too little about ranks; more than the second cost time and change nothing.
 MIN_TEXTS = 24
-MAX_FIT_TEXTS = 256
+MAX_FIT_TOKENS = 75_000
 MAX_CHOOSE_TEXTS = 48
 MAX_CHECK_TEXTS = 64
 
@@ -109,11 +109,14 @@ def _split(model: CalibratedModel, options: CalibrateOptions, texts: Sequence[Te
     random.Random(options.seed).shuffle(every)
     check = min(MAX_CHECK_TEXTS, len(every) // 4)
     choose = min(MAX_CHOOSE_TEXTS, len(every) // 4)
-    return Splits(
-        fit=every[check + choose :][:MAX_FIT_TEXTS],
-        choose=every[check : check + choose],
-        check=every[:check],
-    )
+    fit: list[Tokens] = []
+    tokens_left = MAX_FIT_TOKENS
+    for ids in every[check + choose :]:
+        tokens_left -= len(ids)
+        if fit and tokens_left < 0:
+            break
+        fit.append(ids)
+    return Splits(fit, choose=every[check : check + choose], check=every[:check])
 
 
 def _fingerprint(options: CalibrateOptions, splits: Splits, manifest: Manifest) -> str:

@@ -132,9 +132,11 @@ class TemplateChooser:
             with self._calibrator.keeping():
                 self._model.run(self._fit)
             bar.advance(task, len(self._fit))
-            for tokens in rest:
-                self._model.run([tokens])
-                bar.advance(task)
+            while rest:
+                step = _one_step(rest)
+                self._model.run(step)
+                bar.advance(task, len(step))
+                rest = rest[len(step) :]
         try:
             return sums.means()
         except ValueError as error:
