@@ -23,7 +23,7 @@ SETTINGS = {"min_tokens": 2}
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("encoder")
     workload = WORKLOADS["sts-b"]
-    files = workload.prepare(folder, replace(workload.full, record=ENTRIES))
+    files = workload.prepare(folder, replace(workload.full, record=ENTRIES, choose=400))
     model, store = ensure(workload.asset), folder / "store"
     prepare_store(workload, model, store, files, calibrated=True)
     return run(
@@ -47,7 +47,7 @@ def test_a_calibrated_plan_serves_all_sentences_and_keeps_the_answers(
     report: dict[str, Any],
 ) -> None:
     (row,) = report["rows"]
-    assert row["hit_rate"] > 0.98  # but for the canaries
+    assert row["hit_rate"] > 0.98  # but for lengths that few texts had
     assert row["groups_reused_share"] >= 1 / 6
     # Of sentences that share tokens with a recorded one, the rows of the other tokens are computed.
     assert 0.1 < row["rows_reused_share"] <= row["groups_reused_share"]
