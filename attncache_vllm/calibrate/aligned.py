@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from attncache_vllm.calibrate.choose import (
     Groups,
     best_first,
     candidates,
+    error_bands,
     every_layer,
     measure_curve,
     points,
@@ -211,12 +212,7 @@ class AlignedChooser:
     def _errors(self, candidate: Candidate, copies: Copies) -> tuple[tuple[float, float], ...]:
         with self._model.calibrator.comparing(copies.hits(candidate.groups)) as errors:
             self._model.run(copies.texts)
-        return tuple(
-            (round(fmean(errors[layer]), 5), round(pstdev(errors[layer]), 5))
-            if layer in errors
-            else (0.0, 0.0)
-            for layer in range(self._saving.num_layers)
-        )
+        return error_bands(errors, self._saving.num_layers)
 
     def _copies(self, originals: Sequence[Original], rate: float) -> Copies:
         texts, alignments = [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 from attncache_vllm.calibrate.budget import Budget
@@ -147,3 +148,15 @@ def table(damages: Damages, num_layers: int) -> list[list[float]]:
 def every_layer(groups: Groups, num_layers: int) -> tuple[tuple[int, ...], ...]:
     """Groups by layer as a plan has them."""
     return tuple(groups.get(layer, ()) for layer in range(num_layers))
+
+
+def error_bands(
+    errors: Mapping[int, Sequence[float]], num_layers: int
+) -> tuple[tuple[float, float], ...]:
+    """Mean and deviation of the texts' errors, for every layer of a plan; 0 where none is."""
+    return tuple(
+        (round(fmean(errors[layer]), 5), round(pstdev(errors[layer]), 5))
+        if layer in errors
+        else (0.0, 0.0)
+        for layer in range(num_layers)
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from statistics import fmean, pstdev
 
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from attncache_vllm.calibrate.choose import (
     Groups,
     best_first,
     candidates,
+    error_bands,
     every_layer,
     measure_curve,
     points,
@@ -29,8 +29,7 @@ from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
-from attncache_vllm.engine.step import Hit, Served
-from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.engine.step import template_hit
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
@@ -39,20 +38,6 @@ from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
 # order of the damages matters, and there are many groups.
 PROBE_TEXTS = 10
 PROBE_TOKENS = 256
-
-
-def template_hits(templates: Templates) -> HitOf:
-    """Serve every sequence from ``templates``."""
-
-    def hit_of(row: Row) -> Hit | None:
-        served = {
-            layer: Served("template", maps)
-            for layer in templates.layers
-            if (maps := templates.get(layer, row.length)) is not None
-        }
-        return Hit("template", served) if served else None
-
-    return hit_of
 
 
 class TemplateChooser:
@@ -177,15 +162,11 @@ class TemplateChooser:
         """Per layer mean and deviation of what canaries will measure."""
         with self._calibrator.comparing(self._hits(candidate.groups)) as errors:
             self._model.run(self._choose.texts)
-        return tuple(
-            (round(fmean(errors[layer]), 5), round(pstdev(errors[layer]), 5))
-            if layer in errors
-            else (0.0, 0.0)
-            for layer in range(self._saving.num_layers)
-        )
+        return error_bands(errors, self._saving.num_layers)
 
     def _hits(self, groups: Groups) -> HitOf:
-        return template_hits(self._templates.select(groups))
+        templates = self._templates.select(groups)
+        return lambda row: template_hit(templates, row.length)
 
 
 def _one_step(texts: Sequence[Tokens]) -> Sequence[Tokens]:

@@ -12,7 +12,15 @@ from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.lookups import Lookups
-from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step, prompts_of
+from attncache_vllm.engine.step import (
+    Decision,
+    Hit,
+    Sequence,
+    Served,
+    Step,
+    prompts_of,
+    template_hit,
+)
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.template import Templates
 
@@ -99,7 +107,7 @@ class Serving:
     ) -> Decision:
         hits, canaries = {}, {}
         for sequence, match in zip(sequences, found, strict=True):
-            hit = match or self._template(sequence)
+            hit = match or template_hit(self._templates, sequence.length)
             reused = 0
             if hit is None:
                 self.outcomes.miss(reason or "nothing close enough", 1)
@@ -113,14 +121,6 @@ class Serving:
             metrics.MAP_ROWS.labels("reused").inc(reused)
             metrics.MAP_ROWS.labels("computed").inc(self._groups * sequence.length - reused)
         return Decision(hits, canaries)
-
-    def _template(self, sequence: Sequence) -> Hit | None:
-        served = {
-            layer: Served("template", maps)
-            for layer in self._templates.layers
-            if (maps := self._templates.get(layer, sequence.length)) is not None
-        }
-        return Hit("template", served) if served else None
 
     def _rows_reused(self, hit: Hit, length: int) -> int:
         return sum(

@@ -19,6 +19,7 @@ from attncache_vllm.errors import StoreTimeout
 from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.plan import Source
+from attncache_vllm.reuse.template import Templates
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +76,16 @@ class Hit:
 
     source: Source
     served: Mapping[int, Served]
+
+
+def template_hit(templates: Templates, length: int) -> Hit | None:
+    """What templates serve of a sequence of ``length`` tokens."""
+    served = {
+        layer: Served("template", maps)
+        for layer in templates.layers
+        if (maps := templates.get(layer, length)) is not None
+    }
+    return Hit("template", served) if served else None
 
 
 @dataclass(frozen=True)

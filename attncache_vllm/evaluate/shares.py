@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from attncache_vllm.evaluate.server import Server
-from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.reuse.plan import Plan, SourcePlan
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,9 @@ def shares(plan: Plan, kv_heads: int, counts: Counts) -> dict[str, Any]:
     }
     if sequences and counts.hits.total() == counts.outcomes["hit"]:
         groups = layers = 0.0
+        parts: dict[str, SourcePlan] = dict(plan.sources.items())
         for source, hits in counts.hits.items():
-            served = [len(part) for part in plan.sources[source].groups]  # type: ignore[index]
+            served = [len(part) for part in parts[source].groups]
             groups += hits * sum(served) / (plan.num_layers * kv_heads)
             layers += hits * sum(count == kv_heads for count in served) / plan.num_layers
         result["groups_reused_share"] = groups / sequences

@@ -16,15 +16,22 @@ from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import Candidate, Chosen
 from attncache_vllm.calibrate.fidelity import Fidelity, compare
 from attncache_vllm.calibrate.measure import Measured
-from attncache_vllm.calibrate.template import TemplateChooser, template_hits
+from attncache_vllm.calibrate.template import TemplateChooser
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine import calibrate
+from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.engine.step import template_hit
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.template import Templates
 
 FIT, CHOOSE, CHECK = sample_texts(0, 20), sample_texts(20, 12), sample_texts(40, 12)
 BUDGET = Budget(0.99, 0.99)
 EVERYTHING, IMPOSSIBLE = Budget(0.0, 0.0), Budget(1.1, 1.1)
+
+
+def template_hits(templates: Templates) -> HitOf:
+    return lambda row: template_hit(templates, row.length)
 
 
 def chooser(
