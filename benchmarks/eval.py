@@ -20,8 +20,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from attncache_vllm.calibrate.corpus import token_hash
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.evaluate import command
+from attncache_vllm.evaluate.files import write_rows
 from attncache_vllm.evaluate.report import STYLE, figure_text, table
 from attncache_vllm.evaluate.run import EvaluateOptions
 from attncache_vllm.evaluate.server import group
@@ -86,7 +88,10 @@ def measure(name: str, folder: Path, quick: bool, calibrated: bool) -> dict[str,
     files = workload.prepare(work, workload.quick if quick else workload.full)
     model, store = ensure(workload.asset), folder / "stores" / workload.store
     prepare_store(workload, model, store, files, calibrated)
-    task: dict[str, Any] = {workload.task: files.measure}
+    measured = files.measure
+    if workload.task == "edits":
+        measured = unseen_edits(measured, Manifest.read(store), model)
+    task: dict[str, Any] = {workload.task: measured}
     found = command.run(
         EvaluateOptions(
             model=str(model),
@@ -120,6 +125,23 @@ def prepare_store(
             *("calibrate", str(model), "--store", str(store), "--corpus", str(files.choose)),
             *("--budget", workload.budget, *lengths, *workload.serve),
         )
+
+
+def unseen_edits(path: Path, manifest: Manifest, model: Path) -> Path:
+    """The rows of a file of edits but those whose originals chose the plan, in a file beside it."""
+    from transformers import AutoTokenizer
+
+    assert manifest.published is not None
+    calibration = manifest.published.report.get("calibration", {})
+    entries = calibration.get("predicted", {}).get("aligned", {}).get("entries", [])
+    chose = {manifest.entries[entry_id].token_hash for entry_id in entries}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [
+        row
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        if token_hash(tokenizer(row["original"]).input_ids) not in chose
+    ]
+    return write_rows(path.with_name("measure-unseen.jsonl"), rows)
 
 
 def has_plan(store: Path) -> bool:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from attncache_vllm.calibrate.corpus import token_hash
+from attncache_vllm.evaluate.files import write_rows
 from benchmarks import eval as evaluation
 from benchmarks import mmlu, workloads
 from benchmarks.corpus import Pair, edited_copies
@@ -275,3 +277,27 @@ def test_rows_are_kept_and_what_did_not_run_is_named(
     assert "MISSED" in capsys.readouterr().out
     run("--only", "news", "--again")
     assert asked[-1] == "news"
+
+
+def test_edits_of_what_the_plan_was_chosen_on_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Letters:
+        def __call__(self, text: str) -> SimpleNamespace:
+            return SimpleNamespace(input_ids=[ord(letter) for letter in text])
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: Letters())
+    entries = [SimpleNamespace(token_hash=token_hash([ord(text)])) for text in "abcd"]
+    report = {"calibration": {"predicted": {"aligned": {"entries": [0, 2]}, "template": {}}}}
+    manifest: Any = SimpleNamespace(entries=entries, published=SimpleNamespace(report=report))
+    rows = [{"text": text + "x", "original": text} for text in "abcd"]
+    path = write_rows(tmp_path / "measure.jsonl", rows)
+
+    def left() -> list[str]:
+        unseen = evaluation.unseen_edits(path, manifest, tmp_path)
+        assert unseen != path
+        return [json.loads(line)["original"] for line in unseen.read_text().splitlines()]
+
+    assert left() == ["b", "d"]
+    report.clear()
+    assert left() == ["a", "b", "c", "d"]

@@ -31,6 +31,7 @@ from attncache_vllm.calibrate.choose import (
     points,
     table,
 )
+from attncache_vllm.calibrate.corpus import how_many
 from attncache_vllm.calibrate.edits import Tokens, edit
 from attncache_vllm.calibrate.fidelity import Fidelity
 from attncache_vllm.calibrate.measure import Measured
@@ -51,9 +52,11 @@ from attncache_vllm.store.local import LocalStore
 # Edited tokens of the copies that the layers are chosen on, and of those that set the gate.
 CHOOSE_RATE = 0.05
 GATE_RATES = (0.02, 0.05, 0.1, 0.2)
-# Texts that the damage of every single layer is measured on, and at most for everything else.
-PROBE_TEXTS = 8
-MAX_TEXTS = 40
+# Tokens of the texts that the damage of every single layer is measured on.
+PROBE_TOKENS = 4096
+# Bounds of the texts that are edited.
+MAX_TEXTS = 256
+MAX_TOKENS = 20_480
 # Bound of the maps held in memory at once.
 MAX_BYTES = 4 * 2**30
 
@@ -62,6 +65,7 @@ MAX_BYTES = 4 * 2**30
 class Original:
     """An entry of the store with its maps by layer."""
 
+    entry_id: int
     tokens: Tokens
     maps: Mapping[int, RowBlocks]
 
@@ -133,7 +137,7 @@ class AlignedChooser:
                 partial(self._serve, candidate.groups, choose, measured),
             )
 
-        curve = measure_curve(candidates(parcels, self._saving), budget, measure)
+        curve = measure_curve(partial(candidates, parcels, self._saving, None), budget, measure)
         sensitivity = table(damages, self._saving.num_layers)
         chosen: dict[str, Chosen] = {}
         for candidate in best_first(curve, budget):
@@ -165,7 +169,8 @@ class AlignedChooser:
         return {"prefix": Chosen(plan, [], [], exact)}
 
     def _damages(self, copies: Copies) -> dict[tuple[int, int], float]:
-        probe, damages = Measured(self._model, copies.texts[:PROBE_TEXTS]), {}
+        size = max(2, how_many(copies.texts, PROBE_TOKENS))
+        probe, damages = Measured(self._model, copies.texts[:size]), {}
         with progress() as bar:
             layers = sorted(copies.maps[0])
             for layer in bar.track(layers, description="damage of each layer, aligned"):
@@ -194,7 +199,7 @@ class AlignedChooser:
             copies = self._copies(originals, rate)
             measured = Measured(self._model, copies.texts)
             with self._model.calibrator.serving(copies.hits(candidate.groups)):
-                fidelity, report = measured.fidelity(), measured.report()
+                fidelity, report = measured.with_intervals()
             rates.append(
                 {
                     "rate": rate,
@@ -207,7 +212,9 @@ class AlignedChooser:
             if not budget.holds(fidelity):
                 break
             gate, passed, kept = max(copies.novelties), rate, report
-        return gate, passed, {**kept, **candidate.shares, "rates": rates}
+        # An evaluation on edits of these would not be on texts that chose nothing.
+        entries = sorted(original.entry_id for original in self._originals)
+        return gate, passed, {**kept, **candidate.shares, "rates": rates, "entries": entries}
 
     def _errors(self, candidate: Candidate, copies: Copies) -> tuple[tuple[float, float], ...]:
         with self._model.calibrator.comparing(copies.hits(candidate.groups)) as errors:
@@ -235,9 +242,9 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
     found: list[Original] = []
     with LocalStore.open(store) as opened:
         ids = np.random.default_rng(seed).permutation(len(opened.manifest.entries)).tolist()
-        held = 0
+        held = tokens = 0
         for entry_id in ids:
-            if len(found) == MAX_TEXTS or held > MAX_BYTES:
+            if len(found) == MAX_TEXTS or held > MAX_BYTES or tokens > MAX_TOKENS:
                 break
             (record,) = opened.load([entry_id], deadline=math.inf)
             if record is None:
@@ -247,6 +254,7 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
                 for layer, encoded in record.maps.items()
                 if layer in layouts
             }
+            tokens += record.length
             held += sum(blocks.nbytes for blocks in maps.values())
-            found.append(Original(np.array(record.token_ids), maps))
+            found.append(Original(entry_id, np.array(record.token_ids), maps))
     return found

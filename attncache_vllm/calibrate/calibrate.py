@@ -20,7 +20,7 @@ from attncache_vllm import __version__
 from attncache_vllm.calibrate.aligned import AlignedChooser
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import Chosen
-from attncache_vllm.calibrate.corpus import Text, token_hash
+from attncache_vllm.calibrate.corpus import Text, how_many, token_hash
 from attncache_vllm.calibrate.edits import Tokens
 from attncache_vllm.calibrate.measure import Measured, Task
 from attncache_vllm.calibrate.model import CalibratedModel
@@ -38,8 +38,9 @@ TRIALS_NAME = "calibration.json"
 # Fewer texts say too little about ranks; more than the second cost time and change nothing.
 MIN_TEXTS = 24
 MAX_FIT_TOKENS = 75_000
-MAX_CHOOSE_TEXTS = 48
-MAX_CHECK_TEXTS = 64
+MAX_CHOOSE_TOKENS = 24_576
+MAX_CHECK_TOKENS = 32_768
+MAX_MEASURED_TEXTS = 256
 
 
 @dataclass(frozen=True)
@@ -107,16 +108,12 @@ def _split(model: CalibratedModel, options: CalibrateOptions, texts: Sequence[Te
         )
     every = [tokens[key] for key in sorted(tokens)]
     random.Random(options.seed).shuffle(every)
-    check = min(MAX_CHECK_TEXTS, len(every) // 4)
-    choose = min(MAX_CHOOSE_TEXTS, len(every) // 4)
-    fit: list[Tokens] = []
-    tokens_left = MAX_FIT_TOKENS
-    for ids in every[check + choose :]:
-        tokens_left -= len(ids)
-        if fit and tokens_left < 0:
-            break
-        fit.append(ids)
-    return Splits(fit, choose=every[check : check + choose], check=every[:check])
+    quarter = min(MAX_MEASURED_TEXTS, len(every) // 4)
+    check = every[: how_many(every[:quarter], MAX_CHECK_TOKENS)]
+    rest = every[len(check) :]
+    choose = rest[: how_many(rest[:quarter], MAX_CHOOSE_TOKENS)]
+    rest = rest[len(choose) :]
+    return Splits(rest[: how_many(rest, MAX_FIT_TOKENS)], choose, check)
 
 
 def _fingerprint(options: CalibrateOptions, splits: Splits, manifest: Manifest) -> str:

@@ -17,9 +17,11 @@ Damages = Mapping[tuple[int, int], float]
 Groups = dict[int, tuple[int, ...]]
 
 # Shares of the KV groups at which a curve is measured.
-SHARES = (1 / 8, 1 / 4, 1 / 3, 5 / 12, 1 / 2, 2 / 3, 5 / 6, 1.0)
+SHARES = (1 / 8, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 # So far below the budget a curve does not come back.
-HOPELESS = 0.03
+HOPELESS = 0.02
+# So often the gap between what is inside the budget and what is not is halved.
+HALVINGS = 2
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ def candidates(
     parcels: Sequence[tuple[tuple[int, int], ...]],
     saving: SavingModel,
     base: Candidate | None = None,
+    shares: Sequence[float] = SHARES,
 ) -> list[Candidate]:
-    """Nested sets of the first parcels of (layer, KV group), at about the shares of a curve.
+    """Nested sets of the first parcels of (layer, KV group), at about ``shares`` of all groups.
 
     ``base`` is in all of them; parcels that it has parts of are left out.
     """
@@ -68,7 +71,7 @@ def candidates(
     held = set(first)
     total = saving.num_layers * next(iter(saving.layouts.values())).num_kv_heads
     found: dict[int, Candidate] = {}
-    for share in SHARES:
+    for share in shares:
         taken = list(first)
         for parcel in parcels:
             if held.isdisjoint(parcel):
@@ -100,15 +103,34 @@ def by_layer(items: Sequence[tuple[int, int]]) -> Groups:
 
 
 def measure_curve(
-    ordered: Sequence[Candidate], budget: Budget, measure: Callable[[Candidate], Fidelity]
+    sets_of: Callable[[Sequence[float]], list[Candidate]],
+    budget: Budget,
+    measure: Callable[[Candidate], Fidelity],
 ) -> list[tuple[Candidate, Fidelity]]:
-    """Fidelity of nested candidates, smallest first, until they are hopeless."""
+    """Fidelity of nested candidates, smallest first, until they are hopeless, and of some between
+    the last that is inside the budget and the next, which is not.
+
+    ``sets_of`` gives the candidates at some shares of the KV groups.
+    """
     curve = []
-    for candidate in ordered:
+    for candidate in sets_of(SHARES):
         fidelity = measure(candidate)
         curve.append((candidate, fidelity))
         if budget.slack(fidelity) < -HOPELESS:
             break
+    for _ in range(HALVINGS):
+        holds = [budget.holds(fidelity) for _, fidelity in curve]
+        if all(holds):
+            break
+        last = max((number for number, inside in enumerate(holds) if inside), default=-1)
+        if last == len(curve) - 1:
+            break
+        low = curve[last][0].groups_share if last >= 0 else 0.0
+        known = [candidate.groups for candidate, _ in curve]
+        between = sets_of([(low + curve[last + 1][0].groups_share) / 2])
+        if not between or between[0].groups in known:
+            break
+        curve.insert(last + 1, (between[0], measure(between[0])))
     return curve
 
 

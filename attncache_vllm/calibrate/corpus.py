@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts to build a store from."""
+"""Texts to build and calibrate a store from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.store import token_hash
 
-__all__ = ["Text", "read_corpus", "token_hash"]
+__all__ = ["Text", "how_many", "read_corpus", "token_hash"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,13 @@ def _row(line: str, path: Path, number: int) -> Text:
             f'under "text_pair"), got {line[:80]!r}'
         )
     return Text(text.strip(), None if pair is None else pair.strip())
+
+
+def how_many(texts: Sequence[Sized], max_tokens: int) -> int:
+    """How many of the first texts have at most ``max_tokens`` together; the first in any case."""
+    total = 0
+    for number, tokens in enumerate(texts):
+        total += len(tokens)
+        if total > max_tokens:
+            return max(1, number)
+    return len(texts)

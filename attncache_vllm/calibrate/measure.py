@@ -69,20 +69,16 @@ class Measured:
 
     def fidelity(self) -> Fidelity:
         """What is kept by what the model serves now."""
-        fidelity = compare(self._exact, self._model.run(self.texts))
-        if self._task is None:
-            return fidelity
-        change = self._task.change(self._task_exact, self._model.run(self._sent))
-        return replace(fidelity, task_change=change)
+        return self._fidelity(*self._answers())
 
     def compared(self, reused: Tensor) -> Fidelity:
         """What other answers ``[N, D]`` to the texts keep."""
         return compare(self._exact, reused)
 
-    def report(self) -> dict[str, Any]:
-        """The same as plain data with 95 % bootstrap intervals over the texts."""
-        reused = self._model.run(self.texts)
-        fidelity = compare(self._exact, reused)
+    def with_intervals(self) -> tuple[Fidelity, dict[str, Any]]:
+        """The same, and as plain data with 95 % bootstrap intervals over the texts."""
+        reused, reused_sent = self._answers()
+        fidelity = self._fidelity(reused, reused_sent)
         a, b = centred(self._exact, reused)
         counts = resamples(len(a))
         samples = {
@@ -96,12 +92,23 @@ class Measured:
             "self_retrieval": fidelity.self_retrieval,
             "centred_cosine": fidelity.centred_cosine,
         }
-        if self._task is not None:
-            figures = self._task.figures(self._task_exact, self._model.run(self._sent), 0)
+        if self._task is not None and reused_sent is not None:
+            figures = self._task.figures(self._task_exact, reused_sent, 0)
             kept["task_change"] = figures.values["difference"]
             bounds["task_change"] = figures.ci95["difference"]
-        return {
+        return fidelity, {
             **{name: round(value, 4) for name, value in kept.items()},
             "ci95": {name: [round(bound, 4) for bound in pair] for name, pair in bounds.items()},
             "texts": len(reused),
         }
+
+    def _answers(self) -> tuple[Tensor, Tensor | None]:
+        """To the texts, and to those of the task."""
+        reused = self._model.run(self.texts)
+        return reused, None if self._task is None else self._model.run(self._sent)
+
+    def _fidelity(self, reused: Tensor, reused_sent: Tensor | None) -> Fidelity:
+        fidelity = compare(self._exact, reused)
+        if self._task is None or reused_sent is None:
+            return fidelity
+        return replace(fidelity, task_change=self._task.change(self._task_exact, reused_sent))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What serving a map saves, as a share of the multiplications of all attention modules.
 
-A layer of which every KV group is served computes neither queries nor keys nor scores; one of
-which a part is served leaves out the scores of these groups only. The products with V and the
-output projection stay.
+A KV group that is served needs neither its queries nor its scores. Keys are left out where every
+group of a layer is served: the projection to them is one. The products with V and the output
+projection stay.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class SavingModel:
         head_size: width of a head.
         num_layers: all layers of the model.
         length: tokens of the sequence.
-        around: whether a layer that is served as a whole leaves out queries and keys as well; an
-            aligned one does not.
+        around: whether served groups leave out queries and keys as well; those of an aligned
+            sequence have rows to compute.
     """
 
     layouts: Mapping[int, MapLayout]
@@ -46,20 +46,22 @@ class SavingModel:
     def saved(self, layer: int, groups: int) -> float:
         """Multiplications left out where ``groups`` KV groups of a layer are served."""
         layout = self.layouts[layer]
-        scores = self._scores(layout) * groups / layout.num_kv_heads
-        whole = self.around and groups == layout.num_kv_heads
-        return scores + (self._queries_and_keys(layout) if whole else 0)
+        saved = self._scores(layout)
+        if self.around:
+            saved += self._projection(layout.num_heads)
+        saved *= groups / layout.num_kv_heads
+        if self.around and groups == layout.num_kv_heads:
+            saved += self._projection(layout.num_kv_heads)
+        return saved
 
     def _layer(self, layout: MapLayout) -> float:
-        values_and_output = self.hidden * self.head_size * (layout.num_kv_heads + layout.num_heads)
-        return (
-            self._queries_and_keys(layout)
-            + 2 * self._scores(layout)  # the product with V is as large
-            + self.length * values_and_output
+        # Queries, keys, values and the output, and two products with the map.
+        return 2 * self._scores(layout) + 2 * self._projection(
+            layout.num_heads + layout.num_kv_heads
         )
 
-    def _queries_and_keys(self, layout: MapLayout) -> float:
-        heads = layout.num_heads + layout.num_kv_heads
+    def _projection(self, heads: int) -> float:
+        """From the hidden states to so many heads, or back."""
         return self.length * self.hidden * self.head_size * heads
 
     def _scores(self, layout: MapLayout) -> float:

@@ -21,6 +21,7 @@ from attncache_vllm.calibrate.choose import (
     points,
     table,
 )
+from attncache_vllm.calibrate.corpus import how_many
 from attncache_vllm.calibrate.edits import Tokens
 from attncache_vllm.calibrate.fidelity import Fidelity, compare
 from attncache_vllm.calibrate.measure import Measured
@@ -34,10 +35,10 @@ from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
 
-# Texts that the damage of every single KV group is measured on, and where they are cut: only the
-# order of the damages matters, and there are many groups.
-PROBE_TEXTS = 10
-PROBE_TOKENS = 256
+# Tokens that the damage of every single KV group is measured on, and where texts are cut for it:
+# only the order of the damages matters, and there are many groups.
+PROBE_TOKENS = 2560
+PROBE_LENGTH = 256
 
 
 class TemplateChooser:
@@ -54,7 +55,7 @@ class TemplateChooser:
     ) -> None:
         self._model = model
         self._calibrator = model.calibrator
-        self._fit = _one_step(fit)
+        self._fit = fit[: _one_step(fit)]
         self._choose = choose
         self._check = check
         self._trials = trials
@@ -76,17 +77,16 @@ class TemplateChooser:
 
             # Whole layers save most. What is left of the budget is filled with single groups.
             layers = by_damage_per_saving(damages, self._saving, whole_layers=True)
-            curve = measure_curve(candidates(layers, self._saving), budget, measure)
+            curve = measure_curve(partial(candidates, layers, self._saving, None), budget, measure)
             base = next(iter(best_first(curve, budget)), None)
             groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
-            curve += measure_curve(candidates(groups, self._saving, base), budget, measure)
+            curve += measure_curve(partial(candidates, groups, self._saving, base), budget, measure)
         for candidate in best_first(curve, budget):
             self._fit_corrections(candidate)
             with self._calibrator.serving(self._hits(candidate.groups)):
-                # The texts that chose it flatter it a little: what they let pass must pass here.
-                inside = budget.holds(self._check.fidelity())
-                report = self._check.report() if inside else None
-            if report is not None:
+                fidelity, report = self._check.with_intervals()
+            # The texts that chose it flatter it a little: what they let pass must pass here.
+            if budget.holds(fidelity):
                 num_layers = self._saving.num_layers
                 plan = SourcePlan(
                     every_layer(candidate.groups, num_layers),
@@ -118,17 +118,18 @@ class TemplateChooser:
                 self._model.run(self._fit)
             bar.advance(task, len(self._fit))
             while rest:
-                step = _one_step(rest)
-                self._model.run(step)
-                bar.advance(task, len(step))
-                rest = rest[len(step) :]
+                size = _one_step(rest)
+                self._model.run(rest[:size])
+                bar.advance(task, size)
+                rest = rest[size:]
         try:
             return sums.means()
         except ValueError as error:
             raise SettingsError(str(error)) from None
 
     def _damages(self) -> dict[tuple[int, int], float]:
-        probe = [tokens[:PROBE_TOKENS] for tokens in self._choose.texts[:PROBE_TEXTS]]
+        cut = [tokens[:PROBE_LENGTH] for tokens in self._choose.texts]
+        probe = cut[: how_many(cut, PROBE_TOKENS)]
         exact = self._model.run(probe)
         items = [
             (layer, group)
@@ -169,11 +170,6 @@ class TemplateChooser:
         return lambda row: template_hit(templates, row.length)
 
 
-def _one_step(texts: Sequence[Tokens]) -> Sequence[Tokens]:
-    """As many of the first texts as one step of the engine takes, which is at least one."""
-    total = 0
-    for number, tokens in enumerate(texts[:STEP_SEQUENCES]):
-        total += len(tokens)
-        if total > STEP_TOKENS:
-            return texts[: max(1, number)]
-    return texts[:STEP_SEQUENCES]
+def _one_step(texts: Sequence[Tokens]) -> int:
+    """How many of the first texts one step of the engine takes."""
+    return how_many(texts[:STEP_SEQUENCES], STEP_TOKENS)

@@ -182,9 +182,13 @@ class Calibrator:
         for number, sequence in enumerate(sequences):
             part = held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
             part[sequence.start : sequence.start + sequence.length] = True
-        correction = fit_correction(
-            reused[fitted], value[fitted], exact[fitted], tuple(heads), output.shape[-1], RIDGE
-        ).to(reused.device, reused.dtype)
+
+        def fit(rows: torch.Tensor) -> Correction:
+            return fit_correction(
+                reused[rows], value[rows], exact[rows], tuple(heads), output.shape[-1], RIDGE
+            ).to(reused.device, reused.dtype)
+
+        correction = fit(fitted)
         columns = correction.columns()
         before = relative_error(reused[held_out][:, columns], exact[held_out][:, columns])
         corrected = reused[held_out].clone()
@@ -192,8 +196,10 @@ class Calibrator:
         after = relative_error(corrected[:, columns], exact[held_out][:, columns])
         self.gains[layer] = (before, after)
         if after < before:
-            self.corrections[layer][source] = correction
+            # It helps texts that it does not know: then it may know them all.
             served = fitted | held_out
+            correction = fit(served)
+            self.corrections[layer][source] = correction
             corrected = reused[served]
             correction.apply_(corrected, value[served])
             reused[served] = corrected

@@ -22,7 +22,13 @@ from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
-from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, best_aligned, nearest
+from attncache_vllm.reuse.match import (
+    MIN_REUSED,
+    AlignedGate,
+    AlignedMatch,
+    best_aligned,
+    nearest,
+)
 from attncache_vllm.reuse.plan import Plan, Source
 from attncache_vllm.reuse.resident import ResidentSet
 from attncache_vllm.reuse.sketch import sketch
@@ -74,6 +80,8 @@ class Lookups:
         # One bidirectional layer, and rows of a common prefix are no longer exact.
         every_causal = all(layout.mask.causal for layout in layouts.values())
         self._aligned_gate = _aligned_gate(plan, every_causal, groups)
+        # A template serves all rows of its groups: with fewer of all, an aligned entry is no gain.
+        self._least_aligned = max(MIN_REUSED, _share(plan, "template", groups))
         self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
             settings.resident_bytes
         )
@@ -145,9 +153,12 @@ class Lookups:
         stored = {i: ids for i, ids in zip(wanted, loaded, strict=True) if ids is not None}
         matches = [
             best_aligned(
-                self._aligned_gate.match(c.entry_id, align(ids, stored[c.entry_id]))
-                for c in row
-                if c.entry_id in stored
+                (
+                    self._aligned_gate.match(c.entry_id, align(ids, stored[c.entry_id]))
+                    for c in row
+                    if c.entry_id in stored
+                ),
+                self._least_aligned,
             )
             for ids, row in zip(tokens, candidates, strict=True)
         ]
@@ -233,12 +244,18 @@ class Lookups:
 
 def _aligned_gate(plan: Plan, causal: bool, groups: int) -> AlignedGate | None:
     """``groups`` is the number of KV groups of all layers; None if the plan aligns nothing."""
-    parts = {source: plan.sources[source] for source in _ALIGNED if source in plan.sources}
-    if not parts:
+    if not any(source in plan.sources for source in _ALIGNED):
         return None
-    share = {source: sum(map(len, part.groups)) / groups for source, part in parts.items()}
-    gate = parts["aligned"].gate if "aligned" in parts else 0.0
-    return AlignedGate(causal, gate, share.get("aligned", 0.0), share.get("prefix", 0.0))
+    gate = plan.sources["aligned"].gate if "aligned" in plan.sources else 0.0
+    return AlignedGate(
+        causal, gate, _share(plan, "aligned", groups), _share(plan, "prefix", groups)
+    )
+
+
+def _share(plan: Plan, source: Source, groups: int) -> float:
+    """The share of all KV groups that a source serves."""
+    part = plan.sources.get(source)
+    return 0.0 if part is None else sum(map(len, part.groups)) / groups
 
 
 def _aligned_hit(match: AlignedMatch, maps: Maps) -> Hit | None:

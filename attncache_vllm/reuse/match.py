@@ -130,12 +130,14 @@ class AlignedGate:
         return AlignedMatch(entry_id, aligned, prefix, served / alignment.length)
 
 
-# Below it the other sources serve more, and the lookup and the maps' loading cost the same.
+# Below it a match is not worth the loading of its maps.
 MIN_REUSED = 0.2
 
 
-def best_aligned(matches: Iterable[AlignedMatch]) -> AlignedMatch | None:
+def best_aligned(
+    matches: Iterable[AlignedMatch], at_least: float = MIN_REUSED
+) -> AlignedMatch | None:
     """The match that leaves the fewest rows to compute; of equals, the lowest id. None if none
-    serves at least `MIN_REUSED`."""
+    serves `at_least` that share of the rows: what else could serve the sequence, say."""
     best = min(matches, key=lambda match: (-match.reused, match.entry_id), default=None)
-    return best if best is not None and best.reused >= MIN_REUSED else None
+    return best if best is not None and best.reused >= at_least else None

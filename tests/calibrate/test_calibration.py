@@ -90,7 +90,7 @@ def test_only_the_sources_that_are_asked_for(
 
 
 def test_texts_are_parted_by_seed_and_no_text_has_two_parts(
-    options: CalibrateOptions, models: list[tuple[SmallModel, tuple[Any, ...]]]
+    options: CalibrateOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = SmallModel()
 
@@ -104,6 +104,12 @@ def test_texts_are_parted_by_seed_and_no_text_has_two_parts(
     assert parts() == [fit, choose, check]
     assert parts(seed=1) != [fit, choose, check]
     assert all(len(ids) <= 4 * 22 for ids in fit)
+    # However many there are, those that are measured on are bounded by their tokens.
+    monkeypatch.setattr(calibrating, "MAX_CHOOSE_TOKENS", 22 * 5)
+    monkeypatch.setattr(calibrating, "MAX_CHECK_TOKENS", 22 * 7)
+    fit, choose, check = parts()
+    assert len(choose) in (5, 6) and len(check) in (7, 8)
+    assert sum(map(len, (fit, choose, check))) == 60
     # 18 to 22 tokens, once they are cut.
     assert sum(map(len, parts(min_tokens=22))) < len(TEXTS)
 

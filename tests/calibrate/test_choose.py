@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import (
+    HALVINGS,
     HOPELESS,
     SHARES,
     Candidate,
@@ -106,23 +108,54 @@ def test_groups_by_layer_ascend_whatever_the_order(items: list[tuple[int, int]])
     assert every_layer(groups, 6) == ((1,), (), (0, 1), (), (), (0,))
 
 
+def sets_of(shares: Sequence[float], total: int = 24) -> list[Candidate]:
+    """Candidates of whole numbers of groups, of ``total``."""
+    sizes = dict.fromkeys(round(share * total) for share in shares)
+    return [Candidate(f"{n} groups", {0: tuple(range(n))}, n / total, n / total) for n in sizes]
+
+
+def size_of(item: Candidate) -> int:
+    return len(item.groups[0])
+
+
 def test_a_curve_ends_where_it_does_not_come_back() -> None:
-    ranks = iter([0.99, BUDGET.rank - HOPELESS / 2, 0.95, BUDGET.rank - HOPELESS - 0.01])
-    sizes = [candidate(size) for size in range(1, 8)]
-    curve = measure_curve(sizes, BUDGET, lambda _: kept(next(ranks)))
+    ranks = [0.99, BUDGET.rank - HOPELESS / 2, 0.95, BUDGET.rank - HOPELESS - 0.01]
+    first = [round(share * 24) for share in SHARES[:4]]
+    given_ = dict(zip(first, ranks, strict=True))
+    curve = measure_curve(sets_of, BUDGET, lambda item: kept(given_.get(size_of(item), 0.91)))
     # A dip is passed, what is hopeless is the last that is shown.
-    assert [item.name for item, _ in curve] == ["groups 1", "groups 2", "groups 3", "groups 4"]
-    assert [point["rank_fidelity"] for point in points(curve)] == [0.99, 0.885, 0.95, 0.86]
+    assert [size_of(item) for item, _ in curve] == [3, 6, 8, 10, 11, 12]
+    ranks = [point["rank_fidelity"] for point in points(curve)]
+    assert ranks == [0.99, 0.89, 0.95, 0.91, 0.91, 0.87]
+
+
+@given(st.integers(0, 40))
+def test_the_gap_between_inside_and_outside_is_halved(largest: int) -> None:
+    asked: list[int] = []
+
+    def measure(item: Candidate) -> Fidelity:
+        asked.append(size_of(item))
+        return kept(0.95 if size_of(item) <= largest else 0.895)
+
+    curve = measure_curve(sets_of, BUDGET, measure)
+    sizes = [size_of(item) for item, _ in curve]
+    assert sizes == sorted(set(sizes)) and sorted(asked) == sizes, "none twice"
+    inside = max((size for size in sizes if size <= largest), default=0)
+    outside = min((size for size in sizes if size > largest), default=None)
+    shown = sorted({0, *(round(share * 24) for share in SHARES)})
+    if outside is not None:
+        before = max(size for size in shown if size <= largest)
+        gap = min(size for size in shown if size > largest) - before
+        assert outside - inside <= max(1, -(-gap // 2**HALVINGS))
 
 
 def test_a_curve_of_a_task_ends_with_the_task() -> None:
-    changes = iter([0.01, -0.02, -0.08])
+    changes = {3: 0.01, 6: -0.02, 7: -0.03, 8: -0.08}
     budget = Budget(0.0, 0.0, task=0.02)
-    sizes = [candidate(size) for size in range(1, 5)]
-    curve = measure_curve(sizes, budget, lambda _: kept(0.1, 0.1, next(changes)))
-    assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.08]
-    assert [item.name for item in best_first(curve, budget)] == ["groups 2", "groups 1"]
-    assert "task_change" not in points([(sizes[0], kept(0.9))])[0]
+    curve = measure_curve(sets_of, budget, lambda item: kept(0.1, 0.1, changes[size_of(item)]))
+    assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.03, -0.08]
+    assert [size_of(item) for item in best_first(curve, budget)] == [6, 3]
+    assert "task_change" not in points([(candidate(1), kept(0.9))])[0]
 
 
 @given(

@@ -28,8 +28,8 @@ def products(layout: MapLayout, groups: tuple[int, ...] = ()) -> int:
     visible = sum(sees(layout.mask, i, j) for i in range(LENGTH) for j in range(LENGTH))
     whole = len(groups) == layout.num_kv_heads
     for head in range(layout.num_heads):
-        count += 0 if whole else LENGTH * HIDDEN * HEAD_SIZE  # its queries
         served = head // layout.group in groups
+        count += 0 if served else LENGTH * HIDDEN * HEAD_SIZE  # its queries
         count += 0 if served else visible * HEAD_SIZE  # its scores
         count += visible * HEAD_SIZE  # times V
         count += LENGTH * HEAD_SIZE * HIDDEN  # output projection
@@ -51,10 +51,10 @@ def test_the_share_is_that_of_multiplications_counted_one_by_one(
 
 def test_a_layer_that_is_served_inside_saves_its_scores_only() -> None:
     inside = replace(MODEL, around=False)
-    scores = MODEL.saved(1, 1) * 3
-    assert inside.saved(1, 3) == pytest.approx(scores)
-    assert MODEL.saved(1, 3) > inside.saved(1, 3)
-    assert inside.saved(1, 2) == MODEL.saved(1, 2)
+    scores = LAYOUTS[1].mask.cells(LENGTH) * HEAD_SIZE * 2
+    assert [inside.saved(1, groups) for groups in (1, 2, 3)] == [scores, 2 * scores, 3 * scores]
+    assert MODEL.saved(1, 1) == scores + 2 * LENGTH * HIDDEN * HEAD_SIZE
+    assert MODEL.saved(1, 3) > 3 * MODEL.saved(1, 1), "the keys of all groups"
 
 
 damages_of_groups = st.fixed_dictionaries(

@@ -14,13 +14,14 @@ from map_samples import product
 from torch import Tensor
 
 from attncache_vllm.engine import calibrate
-from attncache_vllm.engine.calibrate import HELD_OUT_EVERY, HitOf
+from attncache_vllm.engine.calibrate import HELD_OUT_EVERY, RIDGE, HitOf
 from attncache_vllm.engine.canary import relative_error
 from attncache_vllm.engine.step import Hit, Served
 from attncache_vllm.engine.step import Sequence as EngineRow
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codec import decode_map, encode_map
+from attncache_vllm.reuse.correct import fit_correction
 
 DEAR = 2
 
@@ -211,6 +212,19 @@ def test_what_is_linear_is_taken_back_of_the_served_heads() -> None:
     torch.testing.assert_close(corrected[:, 2:4], exact[:, 2:4], atol=0.1, rtol=0.1)
     assert torch.equal(corrected[:, :2], reused[:, :2])
     assert torch.equal(corrected[:, 4:], reused[:, 4:])
+
+
+def test_a_correction_that_helps_texts_it_does_not_know_is_fitted_to_all_of_them() -> None:
+    model = SmallModel()
+    reused, value = heads_of(TEXTS), values_of(TEXTS)
+    exact = reused + 0.5 * reused.roll(1, dims=1) + 0.3 * heads_of(TEXTS, seed=2)
+    expected = fit_correction(
+        reused.flatten(1), value, exact.flatten(1), tuple(range(6)), shape().head_size, RIDGE
+    )
+    fit(model, TEXTS, exact, reused.clone())
+    kept = model.calibrator.corrections[0]["template"]
+    torch.testing.assert_close(kept.weight, expected.weight)
+    torch.testing.assert_close(kept.bias, expected.bias)
 
 
 def test_a_correction_that_does_not_help_texts_it_was_not_fitted_on_is_dropped() -> None:

@@ -476,6 +476,27 @@ def test_what_shares_tokens_comes_before_what_is_near(store: FakeStore) -> None:
     assert np.abs(first - second).max() > 0.1
 
 
+def test_an_entry_that_serves_fewer_rows_than_a_template_leaves_them_to_it(
+    store: FakeStore,
+) -> None:
+    # 24 of 42 rows of 4 of 7 KV groups: a third of all.
+    ids = np.append(tokens_of(3)[:24], np.arange(18, dtype=np.int32) + 50_000)
+    aligned: Groups = ((), (), (0, 1), (0, 1))
+    assert 2 / GROUPS < matched(3, ids, 4 / GROUPS).reused < 3 / GROUPS
+    templates: list[tuple[Groups | None, bool]] = [
+        (None, True),
+        (((), (), (0, 1), ()), True),
+        (((), (), (0, 1), (0,)), False),
+    ]
+    for template, served in templates:
+        store.overlapping = [overlap(3)]
+        sources: dict[Source, Groups] = {"aligned": aligned}
+        if template is not None:
+            sources["template"] = template
+        [hit] = hit_of(shared(sources, gate=1.0), store, ids)
+        assert (hit is not None) is served
+
+
 def test_layers_that_tolerate_no_approximation_take_the_rows_of_the_common_prefix(
     store: FakeStore,
 ) -> None:

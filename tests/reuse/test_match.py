@@ -172,3 +172,5 @@ def test_a_match_that_spares_too_little_is_none() -> None:
     least = match_of(1, MIN_REUSED)
     assert best_aligned([least]) is least
     assert best_aligned([match_of(1, MIN_REUSED * 0.99)]) is None
+    assert best_aligned([least], at_least=MIN_REUSED * 1.01) is None
+    assert best_aligned([least, match_of(2, 0.5)], at_least=0.5) is not None
