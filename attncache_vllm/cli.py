@@ -180,7 +180,11 @@ def calibrate(
         typer.Option(help="Task of a budget `task=...`: .jsonl with `text` and `label`."),
     ] = None,
     sources: Annotated[
-        str, typer.Option(help="What maps are taken from: `template`, `aligned` or both.")
+        str,
+        typer.Option(
+            help="What maps are taken from, of `template`, `aligned` and `neighbour`. The last "
+            "takes minutes and rarely pays."
+        ),
     ] = "template,aligned",
     min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter texts.")] = 16,
     max_tokens: Annotated[int, typer.Option(min=2, help="Cut texts at this length.")] = 512,
@@ -500,10 +504,11 @@ def _merged(checks: Sequence[Check]) -> Iterator[tuple[str, str, str]]:
 
 def parse_sources(text: str) -> tuple[str, ...]:
     """``"template,aligned"`` to its parts. Raises AttnCacheError for anything else."""
+    known = ("template", "aligned", "neighbour")
     sources = tuple(part.strip() for part in text.split(","))
-    if unknown := set(sources) - {"template", "aligned"}:
+    if unknown := set(sources) - set(known):
         raise AttnCacheError(
-            f"sources must be `template`, `aligned` or both with a comma, got {sorted(unknown)!r}"
+            f"sources must be among {', '.join(known)}, with commas, got {sorted(unknown)!r}"
         )
     return sources
 

@@ -514,7 +514,7 @@ def calibrate_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
     [
         (["--budget", "rank=2"], "numbers from 0 to 1, got 'rank=2'"),
         (["--budget", "speed=1"], "names among rank, self-retrieval"),
-        (["--sources", "neighbour"], "sources must be `template`, `aligned` or both"),
+        (["--sources", "prefix"], "sources must be among template, aligned, neighbour"),
         (["--sources", "template,"], "got ['']"),
     ],
 )

@@ -42,12 +42,15 @@ from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import Hit, Served
 from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.align import Alignment, align
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.match import AlignedGate
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.store.local import LocalStore
+from attncache_vllm.store.protocol import Record
 
 # Edited tokens of the copies that the layers are chosen on, and of those that set the gate.
 CHOOSE_RATE = 0.05
@@ -249,12 +252,23 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
             (record,) = opened.load([entry_id], deadline=math.inf)
             if record is None:
                 continue
-            maps = {
-                layer: decode_map(torch.from_numpy(encoded), layouts[layer], record.length)
-                for layer, encoded in record.maps.items()
-                if layer in layouts
-            }
+            maps = decoded(record, layouts)
             tokens += record.length
+            if not maps:
+                raise SettingsError(
+                    "the store must hold maps of layers that can be reused, got those of layers "
+                    f"{sorted(record.maps)!r}; see attncache doctor, or calibrate with "
+                    "--sources template"
+                )
             held += sum(blocks.nbytes for blocks in maps.values())
             found.append(Original(entry_id, np.array(record.token_ids), maps))
     return found
+
+
+def decoded(record: Record, layouts: Mapping[int, MapLayout]) -> dict[int, RowBlocks]:
+    """A record's maps by layer, of those layers that can be calibrated."""
+    return {
+        layer: decode_map(torch.from_numpy(encoded), layouts[layer], record.length)
+        for layer, encoded in record.maps.items()
+        if layer in layouts
+    }

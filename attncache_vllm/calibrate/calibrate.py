@@ -24,6 +24,7 @@ from attncache_vllm.calibrate.corpus import Text, how_many, token_hash
 from attncache_vllm.calibrate.edits import Tokens
 from attncache_vllm.calibrate.measure import Measured, Task
 from attncache_vllm.calibrate.model import CalibratedModel
+from attncache_vllm.calibrate.neighbour import NeighbourChooser
 from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.saving import SavingModel
 from attncache_vllm.calibrate.template import TemplateChooser
@@ -84,8 +85,8 @@ def calibrate(options: CalibrateOptions, texts: Sequence[Text]) -> dict[str, Any
         splits = _split(model, options, texts)
         trials = Trials(options.store / TRIALS_NAME, _fingerprint(options, splits, manifest))
         saving = _saving(model, splits)
-        chosen, artifacts = _choose(model, options, splits, trials, saving)
-        report = _report(options, splits, chosen, saving)
+        chosen, artifacts, bands = _choose(model, options, splits, trials, saving)
+        report = _report(options, splits, chosen, saving, bands)
         report["seconds"] = round(time.monotonic() - started, 1)
         _publish(options, chosen, report, artifacts)
         trials.discard()
@@ -149,7 +150,9 @@ def _choose(
     splits: Splits,
     trials: Trials,
     saving: SavingModel,
-) -> tuple[dict[str, Chosen], dict[str, bytes]]:
+) -> tuple[dict[str, Chosen], dict[str, bytes], list[dict[str, Any]]]:
+    """What was chosen by source, what is published beside the plan, and the neighbours' bands."""
+    bands: list[dict[str, Any]] = []
     chosen: dict[str, Chosen] = {}
     artifacts: dict[str, bytes] = {}
     if "template" in options.sources:
@@ -164,6 +167,15 @@ def _choose(
     if "aligned" in options.sources:
         aligned = AlignedChooser(model, options.store, options.seed, splits.fit, trials, saving)
         chosen.update(aligned.choose(options.budget))
+    if "neighbour" in options.sources:
+        neighbours = NeighbourChooser(
+            model, options.store, splits.choose, splits.check, trials, saving
+        )
+        nearest, bands = neighbours.choose(options.budget)
+        # It comes before a template, which serves every text: it must save more.
+        least = chosen["template"].predicted["saving"] if "template" in chosen else 0.0
+        if nearest is not None and nearest.predicted["saving"] > least:
+            chosen["neighbour"] = nearest
     corrections = {
         (source, layer): correction
         for layer, of_layer in model.calibrator.corrections.items()
@@ -172,11 +184,15 @@ def _choose(
     }
     if corrections:
         artifacts["corrections"] = corrections_to_bytes(corrections)
-    return chosen, artifacts
+    return chosen, artifacts, bands
 
 
 def _report(
-    options: CalibrateOptions, splits: Splits, chosen: dict[str, Chosen], saving: SavingModel
+    options: CalibrateOptions,
+    splits: Splits,
+    chosen: dict[str, Chosen],
+    saving: SavingModel,
+    bands: list[dict[str, Any]],
 ) -> dict[str, Any]:
     return {
         "budget": asdict(options.budget),
@@ -185,6 +201,7 @@ def _report(
         "sensitivity": {source: part.sensitivity for source, part in chosen.items()},
         "curve": {source: part.curve for source, part in chosen.items()},
         "predicted": {source: part.predicted for source, part in chosen.items()},
+        "neighbour_bands": bands,
         "seed": options.seed,
     }
 

@@ -19,6 +19,7 @@ from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step, pr
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.correct import Correction, fit_correction
+from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import TemplateSums
@@ -54,6 +55,8 @@ class Calibrator:
         self._keeping = False
         self._fitting: Source | None = None
         self.gains: dict[int, tuple[float, float]] = {}
+        self._pooled: dict[bytes, torch.Tensor] = {}
+        self._slots = 0
 
     # -- what the driver switches on ------------------------------------------------------------
 
@@ -113,6 +116,16 @@ class Calibrator:
         finally:
             self._as_canaries = False
 
+    @contextmanager
+    def pooling(self, slots: int) -> Iterator[dict[bytes, torch.Tensor]]:
+        """Keep the pooled feature inputs ``[slots, hidden]`` of every sequence, by the bytes of its
+        token ids, rounded as a store keeps them."""
+        self._pooled, self._slots = {}, slots
+        try:
+            yield self._pooled
+        finally:
+            self._slots = 0
+
     # -- what the layers ask --------------------------------------------------------------------
 
     def observe(self, hidden_states: torch.Tensor) -> None:
@@ -126,6 +139,12 @@ class Calibrator:
                 f"calibration takes whole sequences, got {len(sequences)} of "
                 f"{source.common.num_reqs} rows; run `attncache calibrate`"
             )
+        if self._slots:
+            for sequence in sequences:
+                assert sequence.token_ids is not None
+                own = hidden_states[sequence.start : sequence.start + sequence.length]
+                pooled = pool_tokens(own, self._slots).to("cpu", torch.float16).float()
+                self._pooled[sequence.token_ids.tobytes()] = pooled
         step = Step(sequences, None, math.inf, self._decide, lambda layer, source: False)
         compat.forward_context().additional_kwargs[_STEP] = (step, sequences)
 

@@ -22,6 +22,7 @@ from attncache_vllm.engine.calibrate import CalibrateScores, Calibrator
 from attncache_vllm.engine.modules import find_attention_modules
 from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, encode_map
+from attncache_vllm.reuse.feature import Projector, pool_tokens
 from attncache_vllm.reuse.layout import Mask
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.reuse.sketch import sketch
@@ -121,16 +122,26 @@ class SmallModel:
         return found
 
 
-def make_store(path: Path, model: SmallModel, texts: Sequence[Tokens]) -> Path:
-    """A published store with the maps of some texts in every layer."""
-    with LocalStore.create(path, NAMESPACE, {"slots": 2}) as store:
-        for ids in texts:
+def make_store(
+    path: Path, model: SmallModel, texts: Sequence[Tokens], projector: Projector | None = None
+) -> Path:
+    """A published store with the maps of some texts in every layer; their features are those of
+    ``projector``, or of no meaning."""
+    pooled = torch.zeros(len(texts), 2, 4)
+    features, data = make_features(len(texts)), b"projector"
+    if projector is not None:
+        pooled = torch.stack([pool_tokens(row.text, projector.slots) for row in model.rows(texts)])
+        pooled = pooled.half().float()
+        with torch.no_grad():
+            features, data = projector(pooled).numpy(), projector.to_bytes()
+    with LocalStore.create(path, NAMESPACE, {"slots": pooled.shape[1]}) as store:
+        for number, ids in enumerate(texts):
             store.put(
                 Record(
                     token_hash=token_hash(ids),
                     length=len(ids),
                     codec=CODEC,
-                    pooled=np.zeros((2, 4), np.float32),
+                    pooled=pooled[number].numpy(),
                     maps={
                         layer: encode_map(probs, lse, model.calibrator.layouts[layer].mask).numpy()
                         for layer, (probs, lse) in model.maps(ids).items()
@@ -140,5 +151,5 @@ def make_store(path: Path, model: SmallModel, texts: Sequence[Tokens]) -> Path:
                 )
             )
         plan = Plan.reusing(LAYERS, 3, (LAYERS - 1,), 0.25).to_dict()
-        store.publish(plan, b"projector", {"loss": 0.5}, make_features(len(texts)))
+        store.publish(plan, data, {"loss": 0.5}, features)
     return path
