@@ -123,7 +123,9 @@ def prepare_store(
         attncache(
             store.with_suffix(".calibrate.log"),
             *("calibrate", str(model), "--store", str(store), "--corpus", str(files.choose)),
-            *("--budget", workload.budget, *lengths, *workload.serve),
+            *("--budget", workload.budget, *lengths),
+            *(() if files.tune is None else (f"--{workload.task}", str(files.tune))),
+            *workload.serve,
         )
 
 
@@ -212,10 +214,11 @@ def prediction_targets(predicted: dict[str, Any] | None, row: dict[str, Any]) ->
     source = max(hits, key=lambda name: hits[name], default="nothing")
     targets = []
     for name, value in (predicted or {}).get(source, {}).items():
-        if name in row["ci95"] and isinstance(value, float):
+        measured = "difference" if name == "task_change" else name
+        if measured in row["ci95"] and isinstance(value, float):
             text = f"predicted {name} {value:.4f}"
-            targets.append(Target(f"{text} not below", f"ci95.{name}.0", at_most=value))
-            targets.append(Target(f"{text} not above", f"ci95.{name}.1", at_least=value))
+            targets.append(Target(f"{text} not below", f"ci95.{measured}.0", at_most=value))
+            targets.append(Target(f"{text} not above", f"ci95.{measured}.1", at_least=value))
     return targets
 
 

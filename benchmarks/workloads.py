@@ -18,8 +18,8 @@ from typing import Any
 from attncache_vllm.evaluate.files import write_rows
 from benchmarks import mmlu
 from benchmarks.assets import ensure
-from benchmarks.classifiers import reviews
-from benchmarks.corpus import edited_copies, news, stsb_pairs
+from benchmarks.classifiers import Review, reviews
+from benchmarks.corpus import Pair, edited_copies, news, stsb_pairs
 
 EDITED_SHARE = 0.05
 MEAN = ("--convert", "embed", "--pooler-config", '{"seq_pooling_type": "MEAN"}')
@@ -36,21 +36,25 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """Numbers of texts to record, to choose on, to measure on, and (labels) to fit a probe to."""
+    """Numbers of texts to record, to choose on, to measure on, (labels) to fit a probe to, and
+    (budgets of a task) to measure the task on while choosing."""
 
     record: int
     choose: int
     measure: int
     fit: int = 0
+    tune: int = 0
 
 
 @dataclass(frozen=True)
 class Files:
-    """The corpora of a workload: to record, to choose on, and to measure on."""
+    """The corpora of a workload: to record, to choose on, to measure on, and the task of its
+    budget if that is one of a task."""
 
     record: Path
     choose: Path
     measure: Path
+    tune: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class Workload:
         full, quick: how many texts.
         prepare: writes the files.
         targets: what must be kept.
-        budget: what the plan is chosen for.
+        budget: what the plan is chosen for: the metric that its targets are about.
         store: the folder of its store. Workloads that share it record and choose on the same.
     """
 
@@ -129,7 +133,8 @@ def write_files(
 
 
 def sts_b(folder: Path, sizes: Sizes) -> Files:
-    """Pairs of the test split; the other splits' sentences are recorded and chosen on."""
+    """Pairs of the test split; the other splits' sentences are recorded and chosen on, and the
+    task is tuned on pairs of the dev split."""
     pairs = random.Random(0).sample(stsb_pairs("test"), sizes.measure)
     measured = {text for pair in pairs for text in (pair.first, pair.second)}
     others = [
@@ -141,8 +146,14 @@ def sts_b(folder: Path, sizes: Sizes) -> Files:
     free = [text for text in dict.fromkeys(others) if text not in measured]
     random.Random(0).shuffle(free)  # the splits are sorted by source
     choose, record = free[: sizes.choose], free[sizes.choose :][: sizes.record]
-    rows = [{"text": pair.first, "text_pair": pair.second, "score": pair.score} for pair in pairs]
-    return write_files(folder, record, choose, rows)
+    unseen = [pair for pair in stsb_pairs("dev") if measured.isdisjoint((pair.first, pair.second))]
+    random.Random(0).shuffle(unseen)
+    files = write_files(folder, record, choose, _scored(pairs))
+    return replace(files, tune=write_rows(folder / "tune.jsonl", _scored(unseen[: sizes.tune])))
+
+
+def _scored(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    return [{"text": pair.first, "text_pair": pair.second, "score": pair.score} for pair in pairs]
 
 
 def unrelated_news(folder: Path, sizes: Sizes) -> Files:
@@ -165,15 +176,27 @@ def edited_news(folder: Path, sizes: Sizes) -> Files:
 
 def labelled_reviews(folder: Path, sizes: Sizes) -> Files:
     """Film reviews with the sign of people's ratings."""
-    total = sizes.record + sizes.choose + sizes.fit + sizes.measure
+    total = sizes.record + sizes.choose + 2 * sizes.fit + sizes.tune + sizes.measure
     drawn = list({review.text: review for review in reviews(2 * total)}.values())[:total]
     record, rest = drawn[: sizes.record], drawn[sizes.record :]
     choose, rest = rest[: sizes.choose], rest[sizes.choose :]
-    rows = [
-        {"text": row.text, "label": row.label, "split": "fit" if n < sizes.fit else "test"}
-        for n, row in enumerate(rest)
+    size = sizes.fit + sizes.tune
+    tune, rest = rest[:size], rest[size:]
+    files = write_files(
+        folder,
+        (row.text for row in record),
+        (row.text for row in choose),
+        _labelled(rest, sizes.fit),
+    )
+    return replace(files, tune=write_rows(folder / "tune.jsonl", _labelled(tune, sizes.fit)))
+
+
+def _labelled(rows: Sequence[Review], fit: int) -> list[dict[str, Any]]:
+    """The first ``fit`` of them to fit a probe to, the rest to test it on."""
+    return [
+        {"text": row.text, "label": row.label, "split": "fit" if n < fit else "test"}
+        for n, row in enumerate(rows)
     ]
-    return write_files(folder, (row.text for row in record), (row.text for row in choose), rows)
 
 
 def few_shot_mmlu(folder: Path, sizes: Sizes) -> Files:
@@ -254,8 +277,8 @@ WORKLOADS = {
         # vLLM's choice for a float32 pooling model is float16, slow on CPUs without FP16 units.
         serve=("--dtype", "bfloat16"),
         tokens=(2, 64),  # the longest test sentence has 46
-        full=Sizes(record=1000, choose=4000, measure=1379),
-        quick=Sizes(record=200, choose=60, measure=150),
+        full=Sizes(record=1000, choose=4000, measure=1379, tune=1000),
+        quick=Sizes(record=200, choose=60, measure=150, tune=60),
         prepare=sts_b,
         targets=(
             THIRD_OF_GROUPS,
@@ -263,7 +286,7 @@ WORKLOADS = {
             ALL_REQUESTS,
             Target("Spearman within 0.3 points", "difference", at_least=-0.003),
         ),
-        budget=BUDGET,
+        budget="task=0.003",
         store="sts-b",
     ),
     "news": Workload(
@@ -293,15 +316,15 @@ WORKLOADS = {
         task="labels",
         serve=(*LAST, "--max-model-len", "128"),
         tokens=(4, 128),
-        full=Sizes(record=1000, choose=300, measure=3000, fit=2000),
-        quick=Sizes(record=40, choose=40, measure=100, fit=200),
+        full=Sizes(record=1000, choose=1000, measure=3000, fit=1500, tune=1500),
+        quick=Sizes(record=40, choose=40, measure=100, fit=200, tune=60),
         prepare=labelled_reviews,
         targets=(
             THIRD_OF_GROUPS,
             THIRD_OF_ROWS,
             Target("accuracy within 0.5 points", "difference", at_least=-0.005),
         ),
-        budget=BUDGET,
+        budget="task=0.005",
         store="reviews",
     ),
     "edits": Workload(

@@ -59,10 +59,14 @@ def test_sentences_of_measured_pairs_are_never_recorded(
     splits = {
         "test": [Pair("a", "shared", 1.0), Pair("b", "c", 2.0)],
         "train": [Pair(f"t{i}", "shared", 0.0) for i in range(10)],
-        "dev": [Pair("a", f"d{i}", 0.0) for i in range(10)],
+        "dev": [Pair("a", f"d{i}", 0.0) for i in range(5)]
+        + [Pair("e", f"d{i}", 0.0) for i in range(9)],
     }
     monkeypatch.setattr(workloads, "stsb_pairs", splits.__getitem__)
-    files = workloads.sts_b(tmp_path, Sizes(record=12, choose=5, measure=2))
+    files = workloads.sts_b(tmp_path, Sizes(record=12, choose=5, measure=2, tune=4))
+    assert files.tune is not None
+    tuned = [json.loads(line) for line in files.tune.read_text().splitlines()]
+    assert [row["text"] for row in tuned] == ["e"] * 4, "no sentence of a measured pair"
     record, choose = texts(files.record), texts(files.choose)
     assert (len(record), len(choose)) == (12, 5)
     assert not {"a", "b", "c", "shared"} & {*record, *choose}
@@ -87,7 +91,8 @@ def test_both_news_workloads_record_and_choose_on_the_same_texts(
     edited = workloads.edited_news(tmp_path / "e", sizes)
     for name in ("record", "choose"):
         assert getattr(unrelated, name).read_text() == getattr(edited, name).read_text()
-    sets = [set(texts(path)) for path in vars(unrelated).values()]
+    assert unrelated.tune is None
+    sets = [set(texts(path)) for path in vars(unrelated).values() if path]
     assert [len(part) for part in sets] == [20, 15, 10]
     assert len(set.union(*sets)) == 45
     assert all(256 <= len(text.split()) <= 512 for part in sets for text in part)
@@ -103,15 +108,20 @@ def test_edited_copies_keep_most_of_their_tokens(articles: list[str]) -> None:
     assert before != after
 
 
-def test_reviews_are_parted_into_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = [SimpleNamespace(text=f"t{n // 2}", label=n % 2) for n in range(60)]  # each twice
+def test_reviews_are_parted_and_those_of_the_budget_have_a_probe_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [SimpleNamespace(text=f"t{n // 2}", label=n % 2) for n in range(80)]  # each twice
     monkeypatch.setattr(workloads, "reviews", lambda limit: made[:limit])
-    files = workloads.labelled_reviews(tmp_path, Sizes(record=5, choose=6, fit=7, measure=8))
+    sizes = Sizes(record=5, choose=6, fit=7, measure=8, tune=4)
+    files = workloads.labelled_reviews(tmp_path, sizes)
     sets = [set(texts(path)) for path in vars(files).values()]
-    assert [len(part) for part in sets] == [5, 6, 15]
-    assert len(set.union(*sets)) == 26
-    splits = [json.loads(line)["split"] for line in files.measure.read_text().splitlines()]
-    assert splits == ["fit"] * 7 + ["test"] * 8
+    assert [len(part) for part in sets] == [5, 6, 15, 11]
+    assert len(set.union(*sets)) == 37
+    for path, tested in ((files.measure, 8), (files.tune, 4)):
+        assert path is not None
+        splits = [json.loads(line)["split"] for line in path.read_text().splitlines()]
+        assert splits == ["fit"] * 7 + ["test"] * tested
 
 
 def questions(path: Path, name: str, count: int) -> None:
@@ -149,7 +159,7 @@ def test_prompts_of_all_three_sets_are_of_the_same_subjects(
     monkeypatch.setattr(workloads, "MMLU_SUBJECTS", 2)
     monkeypatch.setattr(workloads, "MMLU_TOKENS", (10, 10_000))
     files = workloads.few_shot_mmlu(tmp_path / "w", Sizes(record=4, choose=2, measure=6))
-    sets = [set(texts(path)) for path in vars(files).values()]
+    sets = [set(texts(path)) for path in vars(files).values() if path]
     assert [len(part) for part in sets] == [4, 2, 6]
     assert len(set.union(*sets)) == 12
     subjects = [{text.split("about ")[1].split(".")[0] for text in part} for part in sets]
