@@ -20,6 +20,8 @@ from attncache_vllm import cli, doctor
 from attncache_vllm.calibrate import build, calibrate
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.corpus import Text
+from attncache_vllm.cli.build import parse_layers
+from attncache_vllm.cli.common import ranges
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store import LocalStore
@@ -620,14 +622,14 @@ def test_a_bug_is_not_hidden_behind_a_friendly_line(build_command: Build) -> Non
 @given(st.sets(st.integers(0, 60), min_size=1))
 def test_layers_are_read_back_from_how_they_are_shown(layers: set[int]) -> None:
     ascending = sorted(layers)
-    assert cli.parse_layers(cli._ranges(ascending)) == tuple(ascending)
+    assert parse_layers(ranges(ascending)) == tuple(ascending)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), min_size=1))
 def test_layers_are_the_ascending_union_of_their_parts(parts: list[tuple[int, int]]) -> None:
     text = " , ".join(f"{first}-{first + more}" if more else str(first) for first, more in parts)
     union = {layer for first, more in parts for layer in range(first, first + more + 1)}
-    assert cli.parse_layers(text) == tuple(sorted(union))
+    assert parse_layers(text) == tuple(sorted(union))
 
 
 @given(st.integers(1, 60), st.integers(0, 60), st.booleans())
@@ -635,13 +637,13 @@ def test_a_descending_range_of_layers_is_refused(first: int, last: int, alone: b
     last = min(last, first - 1)
     text = f"{first}-{last}" if alone else f"0,{first}-{last},3"
     with pytest.raises(AttnCacheError, match="must ascend"):
-        cli.parse_layers(text)
+        parse_layers(text)
 
 
 @pytest.mark.parametrize("text", ["", ",", "1,", "-1", "1-", "1--3", "1-3-5", "a", "1.5", "1 2"])
 def test_layers_that_are_no_numbers_or_ranges_are_refused_with_the_text(text: str) -> None:
     with pytest.raises(AttnCacheError, match="numbers and ranges like") as caught:
-        cli.parse_layers(text)
+        parse_layers(text)
     assert f"got {text!r}" in str(caught.value)
 
 
