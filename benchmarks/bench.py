@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``make bench``: what a hit and a miss cost end to end, against vLLM's own backend.
+
+Three live engines are asked in turn: vLLM as it is (``standard``), the plugin (``hit``: every text
+is stored, ``cold``: the same with no decoded map in memory, ``miss``: none is, ``mixed``: every
+other one is), and the floor of what reuse of maps can cost (``floor``: V rows and no map). Lookup
+and loading are inside the clock, speed-ups are those of pairs that were measured side by side.
+Maps are those of the texts themselves in all layers: what other maps would keep is another
+question, see ``make eval``. Writes ``report.json`` and ``bench.png`` below ``--out``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from attncache_vllm.reuse.plan import Plan
+from attncache_vllm.store.manifest import Manifest
+from benchmarks.assets import ensure
+from benchmarks.corpus import news
+from benchmarks.engines import Engine, Prompts, Reply, engine
+from benchmarks.server import MEAN_EMBEDDINGS, group
+
+LENGTHS = (128, 512, 1024, 2048)
+FULL_LENGTHS = (*LENGTHS, 4096)
+# Just wide enough for the rounding of a feature that was computed in another batch.
+OWN_MAPS = 0.02
+# Tokens of a batch of many, and most sequences of it.
+MANY_TOKENS, MANY = 4096, 8
+console = Console()
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of texts of one length: those whose maps are stored, and others."""
+
+    stored: list[list[int]]
+    unseen: list[list[int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", help="tokens, with commas [default: 128,512,1024,2048]")
+    parser.add_argument("--full", action="store_true", help="4096 tokens, too, and more rounds")
+    parser.add_argument("--rounds", type=int, help="[default: 9, or 31]")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+    lengths: tuple[int, ...] = FULL_LENGTHS if options.full else LENGTHS
+    if options.lengths:
+        lengths = tuple(int(part) for part in options.lengths.split(","))
+    # Ended politely or not, the context managers of the engines end them.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run(lengths, options.rounds or (31 if options.full else 9), options.out)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+
+
+def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
+    started = time.monotonic()
+    model, store = ensure("smollm2"), folder / "store"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    texts = {length: texts_of(model, length) for length in lengths}
+    build_store(model, texts, folder)
+    settings = {
+        "store": str(store.resolve()),
+        "plan": str(own_maps_plan(store).resolve()),
+        # A late lookup would be a miss. It is waited for, and the wait is on the clock.
+        "lookup_deadline_ms": 60_000.0,
+        "resident_mib": 16_384,
+        "canary_share": 0.0,  # their share is a setting
+    }
+    measured = {}
+    with ExitStack() as stack:
+        engines = {
+            name: stack.enter_context(
+                engine(name, model, max(lengths), folder / f"{name}.log", settings)
+            )
+            for name in ("standard", "reuse", "floor")
+        }
+        for length in lengths:
+            measured[str(length)] = {
+                **measure(engines, texts[length], 1, rounds),
+                "many": measure(engines, texts[length], min(MANY, MANY_TOKENS // length), rounds),
+            }
+        peaks = {
+            name: round(live.ask(texts[lengths[0]].unseen[:1]).peak_mib)
+            for name, live in engines.items()
+        }
+    report = {
+        "lengths": measured,
+        "peak_mib": peaks,
+        "rounds": rounds,
+        "machine": machine(),
+        "store": store_figures(store),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    plot(report, folder / "bench.png")
+    show(report)
+    console.print(f"written to {folder / 'report.json'} and {folder / 'bench.png'}")
+
+
+def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) -> dict[str, Any]:
+    """Figures of batches of ``size``; each round asks every engine once for every column."""
+    stored, unseen = texts.stored, texts.unseen
+    columns = ["standard", "floor", "hit", "cold", "miss", "mixed"]
+    seconds: dict[str, list[float]] = {column: [] for column in columns}
+    worst, answers = 0.0, {}
+    label = f"{len(stored[0])} tokens, batches of {size}"
+    # The first round warms up.
+    for number in track(range(-1, rounds), description=label, console=console):
+        hit, miss = _batch(stored, number, size), _batch(unseen, number, size)
+        half = size // 2
+        # Who is asked what, and how many hits that must be.
+        asked: dict[str, tuple[str, list[Prompts], int]] = {
+            "standard": ("standard", [hit], 0),
+            "floor": ("floor", [hit], 0),
+            "hit": ("reuse", [hit], size),
+            "cold": ("reuse", [hit], size),
+            "miss": ("reuse", [miss], 0),
+            "mixed": ("reuse", [hit[:half] + miss[half:]] if half else [hit, miss], half or 1),
+        }
+        # In another order every round, so that no column always follows the same one.
+        order = columns[number % len(columns) :] + columns[: number % len(columns)]
+        for column in order:
+            name, batches, hits = asked[column]
+            if column in ("hit", "mixed"):
+                engines["reuse"].ask(hit)  # whatever came before, the maps are in memory
+            replies = [engines[name].ask(batch, cold=column == "cold") for batch in batches]
+            if (found := sum(reply.hits for reply in replies)) != hits:
+                raise RuntimeError(
+                    f"{label}: {hits} of a batch of {column!r} must be hits, got {found}; the "
+                    "figures would be those of something else"
+                )
+            if column in ("hit", "standard"):
+                answers[column] = replies[0]
+            if number >= 0:
+                total = sum(reply.seconds for reply in replies)
+                seconds[column].append(total / sum(map(len, batches)))
+        worst = max(worst, _error(answers["hit"], answers["standard"]))
+    tokens = len(stored[0])
+    return {
+        **{f"{column}_ms": _ms(seconds[column], 50) for column in columns},
+        "p99_ms": {column: _ms(seconds[column], 99) for column in columns},
+        "tokens_per_second": {
+            column: round(tokens / statistics.median(seconds[column])) for column in columns
+        },
+        "hit_speedup": _ratios(seconds["standard"], seconds["hit"]),
+        "cold_speedup": _ratios(seconds["standard"], seconds["cold"]),
+        "mixed_speedup": _ratios(seconds["standard"], seconds["mixed"]),
+        "floor_speedup": _ratios(seconds["standard"], seconds["floor"]),
+        "miss_overhead": [
+            round(1 / ratio - 1, 4)
+            for ratio in reversed(_ratios(seconds["standard"], seconds["miss"]))
+        ],
+        "hit_over_floor": _ratios(seconds["floor"], seconds["hit"]),
+        "batch": size,
+        "worst_error": round(worst, 5),
+    }
+
+
+def _batch(texts: list[list[int]], number: int, size: int) -> list[list[int]]:
+    return [texts[(number * size + place) % len(texts)] for place in range(size)]
+
+
+def _error(found: Reply, exact: Reply) -> float:
+    """The largest relative error of an answer."""
+    a, b = torch.tensor(found.answers), torch.tensor(exact.answers)
+    return float(((a - b).norm(dim=1) / b.norm(dim=1)).max())
+
+
+def _ms(seconds: list[float], percent: float) -> float:
+    return round(float(torch.tensor(seconds).quantile(percent / 100)) * 1e3, 2)
+
+
+def _ratios(before: list[float], after: list[float]) -> list[float]:
+    """5 %, median and 95 % of the ratios of pairs."""
+    ratios = torch.tensor(before) / torch.tensor(after)
+    return [round(float(ratios.quantile(q)), 4) for q in (0.05, 0.5, 0.95)]
+
+
+def texts_of(model: Path, length: int) -> Texts:
+    """Texts that have exactly ``length`` tokens, cut out of news."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    stream = tokenizer("\n\n".join(news(400))).input_ids
+    wanted = 2 if length > 1024 else min(MANY, MANY_TOKENS // length)
+    found: list[list[int]] = []
+    start = 0
+    while len(found) < 2 * wanted:
+        ids = stream[start : start + length]
+        start += length
+        if len(ids) < length:
+            raise RuntimeError(f"the corpus must have {2 * wanted} texts of {length} tokens")
+        # Cut at a token and read again, a text may have other tokens.
+        if tokenizer(tokenizer.decode(ids)).input_ids == ids:
+            found.append(ids)
+    return Texts(found[:wanted], found[wanted:])
+
+
+def build_store(model: Path, texts: dict[int, Texts], folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [tokenizer.decode(ids) for part in texts.values() for ids in part.stored]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    command = [
+        *(sys.executable, "-m", "attncache_vllm", "build", str(model), "--layers", "0-29"),
+        *("--corpus", str(corpus), "--store", str(folder / "store")),
+        *("--max-tokens", str(max(texts)), *MEAN_EMBEDDINGS),
+    ]
+    console.print(
+        f"[bold]attncache build[/] {len(rows)} texts of {', '.join(map(str, texts))} tokens"
+    )
+    with (
+        (folder / "build.log").open("w") as log,
+        group(command, stdout=log, stderr=log) as process,
+    ):
+        if process.wait() != 0:
+            raise RuntimeError(f"attncache build failed; see {log.name}")
+
+
+def own_maps_plan(store: Path) -> Path:
+    """Every layer from the nearest entry, which is the text's own."""
+    manifest = Manifest.read(store)
+    namespace = manifest.namespace
+    plan = Plan.reusing(
+        namespace.num_layers, namespace.num_kv_heads, manifest.build["layers"], OWN_MAPS, 0
+    )
+    path = store.with_name("plan.json")
+    path.write_text(json.dumps(plan.to_dict()))
+    return path
+
+
+def store_figures(store: Path) -> dict[str, Any]:
+    manifest = Manifest.read(store)
+    sizes: dict[int, list[int]] = {}
+    for entry in manifest.entries:
+        sizes.setdefault(entry.length, []).append(entry.size)
+    return {
+        "entries": len(manifest.entries),
+        "bytes_per_entry": {length: round(statistics.mean(of)) for length, of in sizes.items()},
+    }
+
+
+def machine() -> dict[str, Any]:
+    flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
+    name = next((line.split(":")[1].strip() for line in flags.splitlines() if "name" in line), "")
+    return {
+        "cpu": name or platform.processor(),
+        "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f" {f}" in flags],
+        "threads": torch.get_num_threads(),
+        "versions": {n: version(n) for n in ("attncache-vllm", "vllm", "torch")},
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    table = Table(title="ms per sequence (medians); ratios of pairs: 5 %, median, 95 %")
+    for header in ("tokens", "batch", "standard", "miss", "hit", "cold", "mixed", "floor"):
+        table.add_column(header)
+    for header in ("hit speed-up", "miss overhead", "of the floor"):
+        table.add_column(header)
+    for length, alone in report["lengths"].items():
+        for row in (alone, alone["many"]):
+            table.add_row(
+                length,
+                str(row["batch"]),
+                *(
+                    f"{row[f'{name}_ms']:.1f}"
+                    for name in ("standard", "miss", "hit", "cold", "mixed", "floor")
+                ),
+                " ".join(f"{ratio:.2f}" for ratio in row["hit_speedup"]),
+                " ".join(f"{share:.1%}" for share in row["miss_overhead"]),
+                " ".join(f"{ratio:.2f}" for ratio in row["hit_over_floor"]),
+            )
+    console.print(table)
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Speed-ups over vLLM's own backend by length, batches of one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lengths = [int(length) for length in report["lengths"]]
+    for name in ("floor", "hit", "cold", "mixed"):
+        triples = [row[f"{name}_speedup"] for row in report["lengths"].values()]
+        low, middle, high = (list(part) for part in zip(*triples, strict=True))
+        axes.plot(lengths, middle, marker="o", label=name)
+        axes.fill_between(lengths, low, high, alpha=0.2)
+    axes.axhline(1.0, color="grey", linewidth=0.8)
+    axes.set(xscale="log", xlabel="tokens", ylabel="speed-up over vLLM's own backend")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

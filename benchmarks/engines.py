@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live engines that are asked in turn.
+
+A machine's speed drifts by more than what is measured, so engines live side by side, each in a
+process of its own, and batches alternate between them. Front ends are left out: a batch is timed
+from the engine's input to its answers.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal
+
+from benchmarks.server import MEAN_EMBEDDINGS
+
+Mode = Literal["standard", "reuse", "floor"]
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A batch's wall time, how many of its sequences were served from maps, its answers (one list
+    of floats each), and the most memory that the process ever held, in MiB."""
+
+    seconds: float
+    hits: int
+    answers: list[list[float]]
+    peak_mib: float
+
+
+class Engine:
+    """The near end of an engine."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+
+    def ask(self, prompts: Prompts, cold: bool = False) -> Reply:
+        """Answers to token ids; ``cold`` forgets decoded maps first, outside the clock."""
+        self._pipe.send((prompts, cold))
+        reply: Reply = self._pipe.recv()
+        return reply
+
+
+@contextmanager
+def engine(
+    mode: Mode, model: Path, max_tokens: int, log: Path, settings: dict[str, Any] | None = None
+) -> Iterator[Engine]:
+    """Start an engine and wait until it answers.
+
+    Args:
+        mode: vLLM as it is, the plugin with ``settings``, or the floor of what reuse can cost: the
+            plugin's model with V rows and no map at all.
+        model: its folder.
+        max_tokens: longest sequence, and most tokens of a step.
+        log: where the engine writes.
+        settings: of the plugin.
+    """
+    near, far = multiprocessing.Pipe()
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(
+        target=_run, args=(far, mode, model, max_tokens, log, settings), daemon=True
+    )
+    process.start()
+    far.close()
+    try:
+        if near.recv() != "ready":
+            raise RuntimeError(f"engine {mode!r} did not start, see {log}")
+        yield Engine(near)
+    except EOFError:
+        raise RuntimeError(f"engine {mode!r} ended, see {log}") from None
+    finally:
+        near.close()  # ends its loop
+        process.join(30)
+        if process.is_alive():
+            process.kill()
+
+
+def _run(
+    pipe: Connection,
+    mode: Mode,
+    model: Path,
+    max_tokens: int,
+    log: Path,
+    settings: dict[str, Any] | None,
+) -> None:
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    from attncache_vllm.serve_options import engine_args
+
+    if mode == "floor":
+        _serve_no_maps()
+    arguments = engine_args(str(model), MEAN_EMBEDDINGS)
+    arguments.max_model_len = max_tokens
+    arguments.max_num_batched_tokens = max_tokens
+    arguments.kv_cache_memory_bytes = 2**30
+    if mode != "standard":
+        arguments.attention_backend = "attncache"
+        arguments.additional_config = {"attncache": settings}
+    llm: Any = LLM.from_engine_args(arguments)
+    pipe.send("ready")
+    while True:
+        try:
+            prompts, cold = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(_answer(llm, prompts, cold))
+
+
+def _answer(llm: Any, prompts: Prompts, cold: bool) -> Reply:
+    serving = _serving(llm)
+    if cold and serving is not None:
+        lookups = serving._lookups
+        lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
+    given = [{"prompt_token_ids": list(ids)} for ids in prompts]
+    before = 0 if serving is None else serving.outcomes.sequences["hit"]
+    started = time.perf_counter()
+    outputs = llm.encode(given, pooling_task="embed", use_tqdm=False)
+    seconds = time.perf_counter() - started
+    hits = 0 if serving is None else serving.outcomes.sequences["hit"] - before
+    answers = [output.outputs.data.float().tolist() for output in outputs]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return Reply(seconds, hits, answers, peak)
+
+
+def _serving(llm: Any) -> Any:
+    """What the worker of this process holds for serving; None without the plugin."""
+    config = llm.llm_engine.vllm_config.compilation_config
+    for layer in config.static_forward_context.values():
+        observer = getattr(layer, "attncache_observer", None)
+        if observer is not None:
+            return observer.__self__
+    return None
+
+
+def _serve_no_maps() -> None:
+    """Have the layers that reuse maps answer from V rows alone, as plain code that is compiled with
+    the rest of the model, and look nothing up."""
+    import torch.nn.functional as F
+    from torch import Tensor
+
+    from attncache_vllm.engine import ops
+    from attncache_vllm.engine.layer import ValueProjection
+    from attncache_vllm.engine.modules import AttentionModule
+
+    def replace_forward(found: AttentionModule, treatment: object) -> None:
+        projection, output, inputs = ValueProjection(found), found.output_proj, found.inputs
+        weight, bias, group = projection.weight, projection.bias, found.layout.group
+        shape = (found.attention.num_kv_heads, 1, found.attention.head_size)
+        assert inputs is not None and output is not None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden: Tensor = inputs.given(args, kwargs)[inputs.hidden]
+            value = F.linear(hidden, weight, bias).view(-1, *shape)
+            return output(value.expand(-1, -1, group, -1).flatten(1))[0]
+
+        found.module.forward = forward
+
+    ops.replace_forward = replace_forward
+    ops.observe_input = lambda found, observer: None
