@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attncache_vllm.errors import SettingsError
 
+# Those of `attncache_vllm.reuse.codecs`, which imports torch.
+CodecName = Literal["tiles-u8-lse", "visible-bf16-lse"]
 SETTINGS_KEY = "attncache"
 MIB = 1024 * 1024
 
@@ -33,6 +35,7 @@ class RecordSettings(_Frozen):
     )
     feature_layer: int = Field(0, ge=0, description="Layer whose input becomes the feature.")
     slots: int = Field(8, ge=1, le=256, description="Positions the feature input is pooled to.")
+    codec: CodecName = Field("tiles-u8-lse", description="How maps are stored.")
 
 
 class Settings(_Frozen):

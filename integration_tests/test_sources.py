@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.correct import Correction, corrections_to_bytes
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan, SourcePlan
@@ -127,7 +127,11 @@ def publish(store: Path, prompts: Prompts) -> dict[str, Plan]:
         longest = prompts.recorded[prompts.longest]
         record = next(r for _, r in opened.records() if tuple(r.token_ids) == longest)
         maps = {
-            layer: {record.length: decode_map(torch.tensor(encoded), LAYOUT, record.length)}
+            layer: {
+                record.length: decode_blocks(
+                    record.codec, torch.tensor(encoded), LAYOUT, record.length
+                )
+            }
             for layer, encoded in record.maps.items()
         }
         # Corrections that change nothing: what they are folded into is the model's own projection.

@@ -28,12 +28,12 @@ MAY_IMPORT = {
     "reuse": set[str](),
     "store": {"errors"},
     "serve_options": set[str](),
-    "calibrate": {"errors", "reuse", "serve_options", "store"},
+    "calibrate": {"config", "errors", "reuse", "serve_options", "store"},
     "evaluate": {"calibrate", "errors", "reuse", "serve_options", "store"},
     "engine": {"config", "errors", "reuse", "store"},
     "plugin": {"engine"},
     "doctor": {"config", "engine", "errors", "reuse", "serve_options", "store"},
-    "cli": {"calibrate", "doctor", "errors", "evaluate", "reuse", "store"},
+    "cli": {"calibrate", "config", "doctor", "errors", "evaluate", "reuse", "store"},
 }
 # Outside of the engine room, vLLM is only used through what it offers to its users.
 USERS_OF_VLLM = {"calibrate/build.py", "calibrate/model.py", "doctor.py", "serve_options.py"}

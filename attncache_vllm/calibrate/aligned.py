@@ -45,7 +45,7 @@ from attncache_vllm.engine.step import Sequence as Row
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.align import Alignment, align
 from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.match import AlignedGate
 from attncache_vllm.reuse.plan import SourcePlan
@@ -268,7 +268,7 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
 def decoded(record: Record, layouts: Mapping[int, MapLayout]) -> dict[int, RowBlocks]:
     """A record's maps by layer, of those layers that can be calibrated."""
     return {
-        layer: decode_map(torch.from_numpy(encoded), layouts[layer], record.length)
+        layer: decode_blocks(record.codec, torch.from_numpy(encoded), layouts[layer], record.length)
         for layer, encoded in record.maps.items()
         if layer in layouts
     }

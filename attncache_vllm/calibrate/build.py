@@ -30,8 +30,9 @@ from attncache_vllm.calibrate.train import (
     map_distance,
     train_projector,
 )
+from attncache_vllm.config import CodecName
 from attncache_vllm.errors import AttnCacheError, SettingsError, StoreError
-from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan, last_third
@@ -66,6 +67,7 @@ class BuildOptions:
     max_tokens: int = 512
     max_distance: float = 0.2
     factory: str = "Flat"
+    codec: CodecName = "tiles-u8-lse"
     slots: int = 8
     seed: int = 0
     serve_options: tuple[str, ...] = ()
@@ -140,6 +142,7 @@ def _recording_engine(options: BuildOptions, layers: tuple[int, ...]) -> Any:
         "layers": list(layers),
         "feature_layer": options.feature_layer,
         "slots": options.slots,
+        "codec": options.codec,
     }
     arguments = engine_args(options.model, options.serve_options)
     # Whole sequences, one per step: what recording needs, whatever the model's pooling.
@@ -288,7 +291,12 @@ def _train(
         # First, middle and last recorded layer: the label is an average, and these span it.
         layers = sorted(record.maps)
         maps = [
-            decode_map(torch.from_numpy(record.maps[layer].copy()), layouts[layer], record.length)
+            decode_blocks(
+                record.codec,
+                torch.from_numpy(record.maps[layer].copy()),
+                layouts[layer],
+                record.length,
+            )
             for layer in sorted({layers[0], layers[len(layers) // 2], layers[-1]})
         ]
         inputs.append(record.pooled)

@@ -20,6 +20,7 @@ from attncache_vllm.cli.common import (
     ranges,
     user_errors,
 )
+from attncache_vllm.config import CodecName
 from attncache_vllm.errors import AttnCacheError
 
 # Below it the order of feature distances says next to nothing about the order of map distances.
@@ -62,6 +63,10 @@ def build(
         ),
     ] = 0.2,
     factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
+    codec: Annotated[
+        CodecName,
+        typer.Option(help="How maps are stored; `visible-bf16-lse` is twice as large and exact."),
+    ] = "tiles-u8-lse",
     seed: Annotated[int, typer.Option(help="Seed of the projector's training.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,6 +96,7 @@ def build(
             max_tokens=max_tokens,
             max_distance=max_distance,
             factory=factory,
+            codec=codec,
             seed=seed,
             serve_options=tuple(context.args),
         )

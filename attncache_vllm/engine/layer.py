@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.modules import AttentionModule
-from attncache_vllm.reuse.apply import RowBlocks, apply_aligned, apply_map
+from attncache_vllm.reuse.apply import AttentionMap, apply_aligned, apply_map
 from attncache_vllm.reuse.correct import Correction
 from attncache_vllm.reuse.plan import Source
 
@@ -113,7 +113,7 @@ class MapAnswer:
 
     def __call__(
         self,
-        maps: list[tuple[RowBlocks, int, int]],
+        maps: list[tuple[AttentionMap, int, int]],
         hidden_states: torch.Tensor,
         source: Source | None = None,
     ) -> torch.Tensor:
@@ -271,7 +271,7 @@ def _by_source(
 
 def _packed(
     spans: Sequence[tuple[int, int, int]], served: dict[int, Served]
-) -> list[tuple[RowBlocks, int, int]]:
+) -> list[tuple[AttentionMap, int, int]]:
     """The hits' maps and spans when their tokens lie side by side."""
     packed, filled = [], 0
     for row, start, stop in spans:

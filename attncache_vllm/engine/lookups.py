@@ -7,7 +7,7 @@ import contextlib
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -18,8 +18,8 @@ from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.step import Hit, Sequence, Served
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment, align
-from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import CODEC, decode_map
+from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
+from attncache_vllm.reuse.codecs import CODECS
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.match import (
@@ -32,6 +32,7 @@ from attncache_vllm.reuse.match import (
 from attncache_vllm.reuse.plan import Plan, Source
 from attncache_vllm.reuse.resident import ResidentSet
 from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.reuse.tiles import TiledMap
 from attncache_vllm.store.protocol import MapStore, Record
 from attncache_vllm.store.records import MAX_LENGTH
 
@@ -49,7 +50,8 @@ OVERLAPS = 4
 _ALIGNED: tuple[Source, ...] = ("aligned", "prefix")
 _NEAREST: tuple[Source, ...] = ("neighbour",)
 
-Maps = dict[tuple[Source, int], RowBlocks]
+Maps = dict[tuple[Source, int], AttentionMap]
+Form = Callable[[RowBlocks | TiledMap], AttentionMap]
 
 
 class Lookups:
@@ -68,14 +70,17 @@ class Lookups:
         layouts: Mapping[int, MapLayout],
         groups: int,
         device: torch.device,
+        form: Form,
     ) -> None:
         """``layouts`` are those of the layers that reuse maps here; ``groups`` is the number of KV
-        groups of all layers together; maps are kept on ``device``."""
+        groups of all layers together; maps are kept on ``device``,
+        in the form that ``form`` gives a stored one."""
         self._store = store
         self._projector = projector
         self._plan = plan
         self._layouts = layouts
         self._device = device
+        self._form = form
         self._causal = any(layout.mask.causal for layout in layouts.values())
         # One bidirectional layer, and rows of a common prefix are no longer exact.
         every_causal = all(layout.mask.causal for layout in layouts.values())
@@ -211,7 +216,8 @@ class Lookups:
 
     def _decode(self, sources: tuple[Source, ...], record: Record) -> Maps | None:
         """The record's maps; None when they are not what this model's maps must be."""
-        if record.codec != CODEC:
+        codec = CODECS.get(record.codec)
+        if codec is None:
             return None
         wanted = [
             (source, layer, part.groups[layer])
@@ -222,12 +228,14 @@ class Lookups:
         ]
         try:
             maps = {
-                (source, layer): decode_map(
-                    torch.from_numpy(record.maps[layer]),
-                    self._layouts[layer],
-                    record.length,
-                    groups,
-                ).to(self._device)
+                (source, layer): self._form(
+                    codec.decode(
+                        torch.from_numpy(record.maps[layer]),
+                        self._layouts[layer],
+                        record.length,
+                        groups,
+                    )
+                )
                 for source, layer, groups in wanted
             }
         except KeyError as error:
@@ -270,7 +278,7 @@ def _aligned_hit(match: AlignedMatch, maps: Maps) -> Hit | None:
     return Hit("aligned" if approximate else "prefix", served)
 
 
-def _sees_all(blocks: RowBlocks, alignment: Alignment) -> bool:
+def _sees_all(blocks: AttentionMap, alignment: Alignment) -> bool:
     """Whether no window hides anything: beyond one, a stored row and the row that it serves do not
     see the same columns."""
     window = blocks.layout.mask.window

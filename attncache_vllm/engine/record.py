@@ -16,10 +16,10 @@ from attncache_vllm.engine.layer import ExactModule, MapAnswer
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import RowBlocks, apply_map, exact_map
-from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
+from attncache_vllm.reuse.apply import AttentionMap, apply_map, exact_map
+from attncache_vllm.reuse.codecs import CODECS, servable
 from attncache_vllm.reuse.feature import pool_tokens
-from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import Record, token_hash
@@ -75,17 +75,21 @@ class Recorder:
         """Tokens of the sequence being recorded; 0 while vLLM profiles or warms up."""
         return self._length if self._pooled is not None else 0
 
-    def keep(self, layer: int, encoded: torch.Tensor) -> None:
-        self._maps[layer] = encoded
+    def keep(self, layer: int, probs: torch.Tensor, lse: torch.Tensor, mask: Mask) -> None:
+        """Encode a layer's map ``[H, L, L]`` with its log-sum-exps ``[H, L]``."""
+        self._maps[layer] = CODECS[self._settings.codec].encode(probs, lse, mask)
 
-    def kept(self, layer: int, layout: MapLayout, device: torch.device) -> RowBlocks:
-        """The map of a layer that was recorded last, as it will be read back."""
+    def kept(self, found: AttentionModule, like: torch.Tensor) -> AttentionMap:
+        """The map of a layer that was recorded last, as it will be read back by an engine whose
+        tensors are ``like`` this one."""
+        layer, layout = found.index, found.layout
         if layer not in self._maps:
             raise AttnCacheError(
                 f"layer {layer} did not pass through the attention implementation that is "
                 "watched; its maps cannot be recorded. Leave it out with --layers"
             )
-        return decode_map(self._maps[layer], layout, self._length).to(device)
+        stored = CODECS[self._settings.codec].decode(self._maps[layer], layout, self._length, None)
+        return servable(stored, like.device, like.dtype, found.attention.head_size)
 
     def check_parity(self, layer: int, own: torch.Tensor, exact: torch.Tensor) -> None:
         """A sequence's own map must give the model's own answer; remembers the relative error."""
@@ -119,7 +123,7 @@ class Recorder:
         record = Record(
             token_hash=token_hash(tokens),
             length=self._length,
-            codec=CODEC,
+            codec=self._settings.codec,
             pooled=self._pooled.cpu().numpy(),
             maps={layer: encoded.numpy() for layer, encoded in self._maps.items()},
             token_ids=tokens,
@@ -145,6 +149,7 @@ class RecordScores:
     """Stands in place of the standard backend's attention of one layer: exact, and recorded."""
 
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
+        self._found = found
         self._index = found.index
         self._layout = found.layout
         self._scale = found.attention.impl.scale
@@ -168,11 +173,11 @@ class RecordScores:
         probs, lse = exact_map(
             query[:length], key[:length], self._scale, self._layout.mask, self._soft_cap
         )
-        self._recorder.keep(self._index, encode_map(probs, lse, self._layout.mask))
+        self._recorder.keep(self._index, probs, lse, self._layout.mask)
         if self._index not in self._recorder.parity:
             own = torch.empty_like(output[:length])
-            blocks = self._recorder.kept(self._index, self._layout, own.device)
-            apply_map(blocks, value[:length], own.flatten(1))
+            kept = self._recorder.kept(self._found, value)
+            apply_map(kept, value[:length], own.flatten(1))
             self._recorder.check_parity(self._index, own, output[:length])
 
 
@@ -184,8 +189,7 @@ class RecordModule:
 
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
         self._exact = ExactModule(found)
-        self._index = found.index
-        self._layout = found.layout
+        self._found = found
         self._answer = MapAnswer(found)
         self._recorder = recorder
         self._checked = False
@@ -194,9 +198,9 @@ class RecordModule:
         output = self._exact(hidden_states, positions)
         length = self._recorder.length
         if length and not self._checked:
-            blocks = self._recorder.kept(self._index, self._layout, output.device)
-            own = self._answer([(blocks, 0, length)], hidden_states[:length])
-            self._recorder.check_parity(self._index, own, output[:length])
+            kept = self._recorder.kept(self._found, output)
+            own = self._answer([(kept, 0, length)], hidden_states[:length])
+            self._recorder.check_parity(self._found.index, own, output[:length])
             self._checked = True
         return output
 

@@ -25,6 +25,7 @@ from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, a
 from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import SettingsError, StoreDamaged, StoreError
+from attncache_vllm.reuse.codecs import servable
 from attncache_vllm.reuse.correct import Correction, Corrections, corrections_from_bytes
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
@@ -163,7 +164,9 @@ def _serving(
     lookups = None
     if set(plan.sources) - {"template"}:
         groups = namespace.num_layers * namespace.num_kv_heads
-        lookups = Lookups(store, projector, plan, settings, layouts, groups, device)
+        dtype, head_size = vllm_config.model_config.dtype, reusable[0].attention.head_size
+        form = functools.partial(servable, device=device, dtype=dtype, head_size=head_size)
+        lookups = Lookups(store, projector, plan, settings, layouts, groups, device, form)
     return Serving(
         lookups,
         _templates(store, plan, modules, reusable).to(device),

@@ -17,7 +17,7 @@ import torch
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.errors import StoreTimeout
 from attncache_vllm.reuse.align import Alignment
-from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.apply import AttentionMap
 from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
 
@@ -45,7 +45,7 @@ class Served:
     """
 
     source: Source
-    maps: RowBlocks
+    maps: AttentionMap
     alignment: Alignment | None = None
 
     @property

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from attncache_vllm.reuse.apply import RowBlocks
-from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan
@@ -90,7 +90,8 @@ def _layout(namespace: Namespace, mask: Mask) -> MapLayout:
 
 
 def _decoded(record: Record, layer: int, layout: MapLayout) -> RowBlocks:
-    return decode_map(torch.from_numpy(record.maps[layer].copy()), layout, record.length)
+    payload = torch.from_numpy(record.maps[layer].copy())
+    return decode_blocks(record.codec, payload, layout, record.length)
 
 
 def _mean(blocks: RowBlocks, length: int, groups: tuple[int, ...]) -> NDArray[np.float32]:

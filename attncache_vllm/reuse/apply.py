@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ from attncache_vllm.reuse.layout import MapLayout, Mask
 _CAUSAL_BLOCKS = 4
 _MIN_ROWS = 64
 _ROW_MULTIPLE = 32
-# Columns beside the values that count what a row keeps: one is used, eight keep the rows aligned.
-_KEPT_COLUMNS = 8
+# Columns beside the values that count what a row keeps: one is used, 16 keep the rows aligned.
+_KEPT_COLUMNS = 16
 _LEAST_KEPT = 2.0**-100
 
 
@@ -50,6 +51,50 @@ def kv_index(groups: tuple[int, ...]) -> slice | list[int]:
     return slice(first, last + 1) if last - first + 1 == len(groups) else list(groups)
 
 
+class AttentionMap(Protocol):
+    """The map of one layer of one sequence, in a form that can be multiplied.
+
+    Attributes:
+        layout: heads and mask of the layer.
+        length: tokens of the sequence.
+        groups: the KV heads whose query heads it holds, ascending.
+        lse: `[len(groups) * G, length]` float32, the log-sum-exp of each row's scaled, capped and
+            masked scores; None for a map that comes from no single sequence.
+    """
+
+    @property
+    def layout(self) -> MapLayout: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def groups(self) -> tuple[int, ...]: ...
+
+    @property
+    def lse(self) -> Tensor | None: ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+    def multiply(self, value: Tensor, out: Tensor, rows: int) -> None:
+        """Write the first rows of `map @ value` of every head that it holds into `out`.
+
+        Args:
+            value: `[len(groups), L, width]` of the KV heads that it holds, contiguous rows; where
+                the first rows see no column from L on, L may be below the length.
+            out: `[len(groups), G, rows, width]`, contiguous rows.
+            rows: at most the map's length.
+        """
+
+    def to_dense(self) -> Tensor:
+        """The map as `[num_heads, length, length]` bfloat16, zero in the heads it does not hold.
+
+        A copy, for tests and reports.
+        """
+
+
 @dataclass(frozen=True)
 class RowBlock:
     """Rows `start:stop` of a map and the columns `first:last`, which hold all that they can see.
@@ -68,14 +113,7 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """The map of one layer of one sequence of `length` tokens.
-
-    Attributes:
-        groups: the KV heads whose query heads it holds, ascending.
-        blocks: in row order.
-        lse: `[len(groups) * G, length]` float32, the log-sum-exp of each row's scaled, capped and
-            masked scores; None for a map that comes from no single sequence.
-    """
+    """A map as dense `blocks`, in row order; see `AttentionMap`."""
 
     layout: MapLayout
     length: int
@@ -97,11 +135,16 @@ class RowBlocks:
             lse=None if self.lse is None else self.lse.to(device),
         )
 
-    def to_dense(self) -> Tensor:
-        """The map as `[num_heads, length, length]` bfloat16, zero in the heads it does not hold.
+    def multiply(self, value: Tensor, out: Tensor, rows: int) -> None:
+        """See `AttentionMap`; computed in the dtype of `value`."""
+        for block in self.blocks:
+            if block.start >= rows:
+                break
+            stop, last = min(block.stop, rows), min(block.last, value.shape[1])
+            out[:, :, block.start : stop] = _product(block, stop, last, value)
 
-        A copy, for tests and reports.
-        """
+    def to_dense(self) -> Tensor:
+        """See `AttentionMap`."""
         size = self.length
         groups = torch.zeros(
             self.layout.num_kv_heads, self.layout.group, size, size, dtype=torch.bfloat16
@@ -113,7 +156,7 @@ class RowBlocks:
         return groups.flatten(0, 1)
 
 
-def apply_map(maps: RowBlocks, value: Tensor, out: Tensor) -> None:
+def apply_map(maps: AttentionMap, value: Tensor, out: Tensor) -> None:
     """Write `map @ value` of the heads that `maps` holds into `out`, as attention would.
 
     A query shorter than a causal map uses its leading block: row `i` depends on the tokens `0..i`
@@ -150,16 +193,16 @@ def apply_map(maps: RowBlocks, value: Tensor, out: Tensor) -> None:
     heads = kv_index(maps.groups)
     out_heads = out.view(length, num_kv_heads, layout.group, head_size).permute(1, 2, 0, 3)
     value_heads = value.transpose(0, 1)[heads]
-    for block in maps.blocks:
-        if block.start >= length:
-            break
-        stop, last = min(block.stop, length), min(block.last, length)
-        product = _product(block, stop, last, value_heads)
-        out_heads[heads, :, block.start : stop] = product
+    if isinstance(heads, slice):
+        maps.multiply(value_heads, out_heads[heads], length)
+        return
+    product = value.new_empty(len(heads), layout.group, length, head_size)
+    maps.multiply(value_heads, product, length)
+    out_heads[heads] = product
 
 
 def apply_aligned(
-    maps: RowBlocks,
+    maps: AttentionMap,
     alignment: Alignment,
     query: Tensor,
     key: Tensor,
@@ -250,7 +293,7 @@ def apply_aligned(
 
 
 def _check_aligned(
-    maps: RowBlocks, alignment: Alignment, query: Tensor, key: Tensor, value: Tensor, out: Tensor
+    maps: AttentionMap, alignment: Alignment, query: Tensor, key: Tensor, value: Tensor, out: Tensor
 ) -> None:
     layout, length, window = maps.layout, alignment.length, maps.layout.mask.window
     if alignment.entry_length != maps.length:
@@ -283,7 +326,7 @@ def _check_aligned(
 
 
 def _kept(
-    maps: RowBlocks, values: Tensor, rows: Tensor, entry_rows: Tensor, last_row: int
+    maps: AttentionMap, values: Tensor, rows: Tensor, entry_rows: Tensor, last_row: int
 ) -> tuple[Tensor, Tensor]:
     """What the entry's rows give to columns with a counterpart: the sums of `P v` and of `P`.
 
@@ -294,7 +337,7 @@ def _kept(
     Args:
         values: `[n, L, d]`, of the KV heads that the map holds.
         rows, entry_rows: `[M]`, see `Alignment`.
-        last_row: the last of the entry's rows; no block after it is multiplied.
+        last_row: the last of the entry's rows; no row after it is multiplied.
 
     Returns:
         `[n, G, M, d]` and `[n, G, M]` float32.
@@ -304,11 +347,8 @@ def _kept(
     matched = values.index_select(1, rows)
     placed[:, entry_rows, :head_size] = matched
     placed[:, entry_rows, head_size] = 1
-    products = placed.new_empty(len(values), maps.layout.group, *placed.shape[1:])
-    for block in maps.blocks:
-        if block.start > last_row:
-            break
-        products[:, :, block.start : block.stop] = _product(block, block.stop, block.last, placed)
+    products = placed.new_empty(len(values), maps.layout.group, last_row + 1, placed.shape[2])
+    maps.multiply(placed, products, last_row + 1)
     picked = products.index_select(2, entry_rows).float()
     total, kept = picked[..., :head_size], picked[..., head_size]
     lost = (kept < _LEAST_KEPT).unsqueeze(-1)

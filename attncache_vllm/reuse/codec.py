@@ -43,24 +43,8 @@ def encode_map(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:
         ValueError: a shape or dtype is not as above, a probability is not in [0, 1] or a
             log-sum-exp not finite: a stored NaN would spoil every answer that reuses it.
     """
-    if probs.ndim != 3 or probs.shape[1] != probs.shape[2] or not probs.numel():
-        raise ValueError(
-            f"a map must be [heads, N, N] and not empty, got {tuple(probs.shape)!r}; "
-            "encode one layer of one sequence at a time"
-        )
-    if not probs.is_floating_point():
-        raise ValueError(f"a map must have a float dtype, got {probs.dtype!r}; pass probabilities")
+    check_map(probs, lse)
     num_heads, length, _ = probs.shape
-    if lse.shape != (num_heads, length) or lse.dtype != torch.float32:
-        raise ValueError(
-            f"lse must be [{num_heads}, {length}] float32, got {tuple(lse.shape)!r} "
-            f"{lse.dtype!r}; pass what exact_map returned"
-        )
-    if not lse.isfinite().all():
-        raise ValueError(
-            "log-sum-exps must be finite, got "
-            f"{lse[~lse.isfinite()][0].item()!r}; do not record this sequence"
-        )
     lse_bytes = _LSE_BYTES * num_heads * length
     payload = torch.empty(
         lse_bytes + _CELL_BYTES * num_heads * mask.cells(length), dtype=torch.uint8
@@ -99,16 +83,7 @@ def decode_map(
             groups. Checked before anything is allocated.
     """
     mask, heads, group = layout.mask, layout.num_heads, layout.group
-    if length < 1:
-        raise ValueError(f"length must be at least 1, got {length!r}; skip empty sequences")
-    if groups is None:
-        groups = tuple(range(layout.num_kv_heads))
-    ascending = all(low < high for low, high in pairwise(groups))
-    if not groups or not ascending or groups[0] < 0 or groups[-1] >= layout.num_kv_heads:
-        raise ValueError(
-            f"groups must be KV heads of 0 to {layout.num_kv_heads - 1}, ascending and at least "
-            f"one, got {groups!r}; take them from a plan of this model"
-        )
+    groups = check_groups(layout, length, groups)
     expected = encoded_bytes(layout, length)
     if (
         payload.dtype != torch.uint8
@@ -139,6 +114,43 @@ def decode_map(
                 target[:, :, row, seen] = source[kv_heads, :, cells]
         blocks.append(RowBlock(start, stop, first, last, probs))
     return RowBlocks(layout, length, groups, tuple(blocks), lse)
+
+
+def check_map(probs: Tensor, lse: Tensor) -> None:
+    """Raise ValueError unless there is a map `[H, N, N]` with log-sum-exps `[H, N]` float32."""
+    if probs.ndim != 3 or probs.shape[1] != probs.shape[2] or not probs.numel():
+        raise ValueError(
+            f"a map must be [heads, N, N] and not empty, got {tuple(probs.shape)!r}; "
+            "encode one layer of one sequence at a time"
+        )
+    if not probs.is_floating_point():
+        raise ValueError(f"a map must have a float dtype, got {probs.dtype!r}; pass probabilities")
+    num_heads, length, _ = probs.shape
+    if lse.shape != (num_heads, length) or lse.dtype != torch.float32:
+        raise ValueError(
+            f"lse must be [{num_heads}, {length}] float32, got {tuple(lse.shape)!r} "
+            f"{lse.dtype!r}; pass what exact_map returned"
+        )
+    if not lse.isfinite().all():
+        raise ValueError(
+            "log-sum-exps must be finite, got "
+            f"{lse[~lse.isfinite()][0].item()!r}; do not record this sequence"
+        )
+
+
+def check_groups(layout: MapLayout, length: int, groups: tuple[int, ...] | None) -> tuple[int, ...]:
+    """`groups`, or all; ValueError unless there are some, ascending, of the layer."""
+    if length < 1:
+        raise ValueError(f"length must be at least 1, got {length!r}; skip empty sequences")
+    if groups is None:
+        groups = tuple(range(layout.num_kv_heads))
+    ascending = all(low < high for low, high in pairwise(groups))
+    if not groups or not ascending or groups[0] < 0 or groups[-1] >= layout.num_kv_heads:
+        raise ValueError(
+            f"groups must be KV heads of 0 to {layout.num_kv_heads - 1}, ascending and at least "
+            f"one, got {groups!r}; take them from a plan of this model"
+        )
+    return groups
 
 
 # The maps of an entry have one length and hardly more than two masks.

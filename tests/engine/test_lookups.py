@@ -172,7 +172,8 @@ def make_lookups(
     store: FakeStore, plan: Plan = PLAN, layouts: Layouts = LAYOUTS, **changes: Any
 ) -> Lookups:
     given = Settings(store=Path("maps")).model_copy(update=changes)
-    return Lookups(store, PROJECTOR, plan, given, layouts, GROUPS, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return Lookups(store, PROJECTOR, plan, given, layouts, GROUPS, cpu, lambda stored: stored)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from attention_samples import (
 from store_samples import NAMESPACE
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from attncache_vllm.config import RecordSettings
+from attncache_vllm.config import CodecName, RecordSettings
 from attncache_vllm.engine import ops, record
 from attncache_vllm.engine.modules import find_attention_modules
 from attncache_vllm.engine.record import Recorder, RecorderExtension, RecordModule, RecordScores
@@ -38,6 +38,7 @@ from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.reuse.tiles import decode_tiles
 from attncache_vllm.store import LocalStore, token_hash
 
 FAMILIES = {
@@ -51,12 +52,14 @@ FAMILIES = {
 class Recording:
     """A module that is recorded, as at start, into a store that is opened again to look."""
 
-    def __init__(self, path: Path, module: Any, treatments: tuple[str, ...]) -> None:
+    def __init__(
+        self, path: Path, module: Any, treatments: tuple[str, ...], codec: CodecName
+    ) -> None:
         self.path, self.module = path, module
         (self.found,) = find_attention_modules(Decoder([module], hidden=module.shape.hidden))
         layer = self.found.index
         store = LocalStore.create(path, NAMESPACE, {})
-        settings = RecordSettings(layers=(layer,), slots=4)
+        settings = RecordSettings(layers=(layer,), slots=4, codec=codec)
         layouts = {layer: self.found.layout}
         self.recorder = Recorder(store, settings, self.found.name, layouts)
         if "scores" in treatments:
@@ -82,8 +85,8 @@ Record = Callable[..., Recording]
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Record:
-    def make(module: Any, *treatments: str) -> Recording:
-        return Recording(tmp_path / "store", module, treatments or ("scores", "module"))
+    def make(module: Any, *treatments: str, codec: CodecName = "visible-bf16-lse") -> Recording:
+        return Recording(tmp_path / "store", module, treatments or ("scores", "module"), codec)
 
     return make
 
@@ -114,6 +117,21 @@ def test_a_recorded_text_is_answered_exactly_and_its_map_kept(
     assert 0 < recorded.recorder.parity[1] < 2**-8
 
 
+def test_maps_in_tiles_are_recorded_as_such(recording: Record) -> None:
+    module = make_module()
+    recorded = recording(module, codec="tiles-u8-lse")
+    run(module, [whole(text(1, 70))])
+    query, key, _ = module.heads(text(1, 70), torch.arange(70))
+    layout = recorded.found.layout
+    probs, lse = exact_map(query, key, module.attn.impl.scale, layout.mask)
+    found = recorded.stored()
+    assert found.codec == "tiles-u8-lse"
+    kept = decode_tiles(torch.tensor(found.maps[1]), layout, 70)
+    torch.testing.assert_close(kept.to_dense().float(), probs, atol=0.01, rtol=0)
+    torch.testing.assert_close(kept.lse, lse)
+    assert 0 < recorded.recorder.parity[1] < 0.02
+
+
 def test_capped_scores_are_recorded_capped(recording: Record) -> None:
     module = make_module()
     module.attn.impl.logits_soft_cap = 0.5
@@ -124,7 +142,7 @@ def test_capped_scores_are_recorded_capped(recording: Record) -> None:
     query, key, _ = module.heads(text(1, 40), torch.arange(40))
     layout = recorded.found.layout
     probs, _ = exact_map(query, key, module.attn.impl.scale, layout.mask, soft_cap=0.5)
-    kept = recorded.recorder.kept(1, layout, torch.device("cpu"))
+    kept = recorded.recorder.kept(recorded.found, query)
     torch.testing.assert_close(kept.to_dense(), probs.bfloat16())
 
 

@@ -37,7 +37,7 @@ from attncache_vllm.errors import (
     StoreDamaged,
     StoreError,
 )
-from attncache_vllm.reuse.codec import decode_map
+from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.correct import Correction, corrections_to_bytes
 from attncache_vllm.reuse.drift import MIN_CANARIES
 from attncache_vllm.reuse.feature import Projector
@@ -228,7 +228,11 @@ def own_templates(path: Path, number: int) -> Templates:
         record = dict(store.records())[number]
     return Templates(
         {
-            layer: {record.length: decode_map(torch.tensor(encoded), LAYOUT, record.length)}
+            layer: {
+                record.length: decode_blocks(
+                    record.codec, torch.tensor(encoded), LAYOUT, record.length
+                )
+            }
             for layer, encoded in record.maps.items()
         }
     )

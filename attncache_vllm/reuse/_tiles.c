@@ -1,0 +1,294 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Tiled maps: making them, on any CPU, and their products with values, on CPUs with AVX-512 BF16.
+ * See tiles.py for the layout.
+ *
+ * A tile's 8-bit cells become bfloat16 in registers and a small buffer, so that a map is read from
+ * memory at half the bytes of a bfloat16 one. Values are interleaved by pairs of tokens, which is
+ * what the dot product instruction takes. Threads are those of OpenMP, which torch and vLLM use
+ * and pin; the GIL is free meanwhile.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define ROWS 4  /* of a tile */
+#define COLS 32 /* of a tile */
+
+/* The next bfloat16 at or above a number that is not negative. */
+static float rounded_up(float number) {
+  uint32_t bits;
+  memcpy(&bits, &number, sizeof bits);
+  bits = (bits + 0xFFFF) & 0xFFFF0000u;
+  memcpy(&number, &bits, sizeof bits);
+  return number;
+}
+
+static uint16_t nearest_bfloat16(float number) {
+  uint32_t bits;
+  memcpy(&bits, &number, sizeof bits);
+  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+typedef struct {
+  float mass[ROWS], largest[ROWS], worst;
+  int kept;
+} TileSums;
+
+/* Tiles of the rows from `first` on of a head [length, length]; returns how many are kept. */
+static int64_t tile_panel(const float *probs, int64_t length, int64_t first, float dropped_mass,
+                          TileSums *sums, int32_t *order, uint8_t *cells, uint16_t *scales,
+                          uint16_t *columns) {
+  int64_t rows = length - first < ROWS ? length - first : ROWS, wide = (length + COLS - 1) / COLS;
+  float whole[ROWS] = {0}, left[ROWS] = {0}, grown[ROWS];
+  int64_t seen = 0, kept = 0;
+  for (int64_t tile = 0; tile < wide; ++tile) {
+    TileSums *own = sums + tile;
+    int64_t start = tile * COLS, stop = start + COLS < length ? start + COLS : length;
+    memset(own, 0, sizeof *own);
+    for (int64_t row = 0; row < rows; ++row) {
+      const float *from = probs + (first + row) * length;
+      float mass = 0, largest = 0;
+      for (int64_t column = start; column < stop; ++column) {
+        mass += from[column];
+        largest = from[column] > largest ? from[column] : largest;
+      }
+      own->mass[row] = mass;
+      own->largest[row] = largest;
+      own->worst = mass > own->worst ? mass : own->worst;
+      whole[row] += mass;
+    }
+    own->kept = own->worst > 0;
+    if (!own->kept) continue;
+    int64_t place = seen++; /* insertion, the smallest first */
+    for (; place > 0 && sums[order[place - 1]].worst > own->worst; --place)
+      order[place] = order[place - 1];
+    order[place] = (int32_t)tile;
+  }
+  float gone = 0;
+  for (int64_t place = 0; place < seen; ++place) {
+    gone += sums[order[place]].worst;
+    if (gone > dropped_mass) break;
+    sums[order[place]].kept = 0;
+  }
+  for (int64_t tile = 0; tile < wide; ++tile)
+    if (sums[tile].kept)
+      for (int row = 0; row < ROWS; ++row) left[row] += sums[tile].mass[row];
+  for (int row = 0; row < ROWS; ++row) grown[row] = left[row] > 0 ? whole[row] / left[row] : 1;
+  for (int64_t tile = 0; tile < wide; ++tile) {
+    if (!sums[tile].kept) continue;
+    int64_t start = tile * COLS, stop = start + COLS < length ? start + COLS : length;
+    uint8_t *to = cells + kept * ROWS * COLS;
+    memset(to, 0, ROWS * COLS);
+    for (int64_t row = 0; row < ROWS; ++row) {
+      float scale = row < rows ? rounded_up(sums[tile].largest[row] / 255) : 0;
+      scales[kept * ROWS + row] = nearest_bfloat16(scale * grown[row]);
+      if (!(scale > 0)) continue;
+      const float *from = probs + (first + row) * length;
+      for (int64_t column = start; column < stop; ++column) {
+        float cell = from[column] / scale + 0.5f;
+        to[row * COLS + column - start] = (uint8_t)(cell < 255 ? cell : 255);
+      }
+    }
+    columns[kept++] = (uint16_t)tile;
+  }
+  return kept;
+}
+
+/* Tiles of a head, panel after panel; `counts` gets each panel's. Returns all, -1 without memory. */
+static int64_t tile_head(const float *probs, int64_t length, float dropped_mass, uint8_t *cells,
+                         uint16_t *scales, uint16_t *columns, int64_t *counts) {
+  int64_t wide = (length + COLS - 1) / COLS, panels = (length + ROWS - 1) / ROWS, total = 0;
+  TileSums *sums = malloc(wide * sizeof *sums);
+  int32_t *order = malloc(wide * sizeof *order);
+  if (sums && order)
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      counts[panel] =
+          tile_panel(probs, length, panel * ROWS, dropped_mass, sums, order,
+                     cells + total * ROWS * COLS, scales + total * ROWS, columns + total);
+      total += counts[panel];
+    }
+  else
+    total = -1;
+  free(sums);
+  free(order);
+  return total;
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define SUPPORTED                                                              \
+  (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && \
+   __builtin_cpu_supports("avx512vl"))
+
+typedef struct {
+  const uint8_t *cells;
+  const uint16_t *scales;
+  const uint16_t *columns;
+  const uint32_t *panels;
+  const uint16_t *values;
+  uint16_t *out;
+  int64_t width; /* columns of values, a multiple of 16 */
+} Operands;
+
+/* Rows of one panel times 16 * lanes columns of the values, from column `first` on. */
+TARGET static inline __attribute__((always_inline)) void panel_times_values(
+    const Operands *with, int64_t panel, int64_t first, const int lanes, uint16_t *out,
+    int64_t stride, int64_t rows) {
+  uint16_t probs[ROWS][COLS] __attribute__((aligned(64)));
+  __m512 sums[ROWS][4];
+  for (int row = 0; row < ROWS; ++row)
+    for (int lane = 0; lane < lanes; ++lane) sums[row][lane] = _mm512_setzero_ps();
+  for (uint32_t tile = with->panels[panel]; tile < with->panels[panel + 1]; ++tile) {
+    const uint8_t *cells = with->cells + (size_t)tile * ROWS * COLS;
+    for (int row = 0; row < ROWS; ++row) {
+      const __m128i *packed = (const __m128i *)(cells + row * COLS);
+      __m512 scale = _mm512_castsi512_ps(
+          _mm512_set1_epi32((int)((uint32_t)with->scales[(size_t)tile * ROWS + row] << 16)));
+      __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(packed)));
+      __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(packed + 1)));
+      _mm512_store_si512(probs[row], (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(scale, high),
+                                                                  _mm512_mul_ps(scale, low)));
+    }
+    const uint16_t *values =
+        with->values + (size_t)with->columns[tile] * COLS * with->width + 2 * first;
+    for (int pair = 0; pair < COLS / 2; ++pair, values += 2 * with->width) {
+      __m512bh value[4];
+      for (int lane = 0; lane < lanes; ++lane)
+        value[lane] = (__m512bh)_mm512_loadu_si512(values + 32 * lane);
+      for (int row = 0; row < ROWS; ++row) {
+        int32_t both;
+        memcpy(&both, &probs[row][2 * pair], sizeof both);
+        __m512bh prob = (__m512bh)_mm512_set1_epi32(both);
+        for (int lane = 0; lane < lanes; ++lane)
+          sums[row][lane] = _mm512_dpbf16_ps(sums[row][lane], prob, value[lane]);
+      }
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row)
+    for (int lane = 0; lane < lanes; ++lane)
+      _mm256_storeu_si256((__m256i *)(out + row * stride + first + 16 * lane),
+                          (__m256i)_mm512_cvtneps_pbh(sums[row][lane]));
+}
+
+TARGET static void head_times_values(const Operands *with, int64_t panel, uint16_t *out,
+                                     int64_t stride, int64_t rows) {
+  int64_t first = 0;
+  for (; first + 64 <= with->width; first += 64)
+    panel_times_values(with, panel, first, 4, out, stride, rows);
+  switch ((with->width - first) / 16) {
+    case 3: panel_times_values(with, panel, first, 3, out, stride, rows); break;
+    case 2: panel_times_values(with, panel, first, 2, out, stride, rows); break;
+    case 1: panel_times_values(with, panel, first, 1, out, stride, rows); break;
+  }
+}
+
+/* Rows 2 i and 2 i + 1 of `value`, number by number in turn; rows beyond `length` are zero. */
+TARGET static void interleave(const uint16_t *value, int64_t stride, int64_t length,
+                              int64_t width, int64_t padded, uint16_t *out) {
+  for (int64_t row = 0; row < padded; row += 2, out += 2 * width)
+    for (int64_t at = 0; at < width; at += 16) {
+      __m512i even = _mm512_setzero_si512(), odd = even;
+      if (row < length)
+        even = _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256((const __m256i *)(value + row * stride + at)));
+      if (row + 1 < length)
+        odd = _mm512_cvtepu16_epi32(
+            _mm256_loadu_si256((const __m256i *)(value + (row + 1) * stride + at)));
+      _mm512_storeu_si512(out + 2 * at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+    }
+}
+
+static void multiply(const Operands *with, int64_t heads, int64_t panels_per_head, int64_t length,
+                     int64_t head_stride, int64_t row_stride) {
+  int64_t used = (length + ROWS - 1) / ROWS;
+#pragma omp parallel for collapse(2) schedule(dynamic, 8) if (heads * length > 256)
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t panel = 0; panel < used; ++panel) {
+      int64_t first = panel * ROWS, rows = length - first < ROWS ? length - first : ROWS;
+      head_times_values(with, head * panels_per_head + panel,
+                        with->out + head * head_stride + first * row_stride, row_stride, rows);
+    }
+}
+#else
+#define SUPPORTED 0
+#endif
+
+PyDoc_STRVAR(supported_doc, "supported() -> bool: whether this CPU has the instructions.");
+static PyObject *py_supported(PyObject *self, PyObject *unused) {
+  return PyBool_FromLong(SUPPORTED);
+}
+
+PyDoc_STRVAR(interleave_doc,
+             "interleave(value, stride, length, width, padded, out): addresses and sizes of "
+             "bfloat16 [length, width] and [padded / 2, width, 2].");
+static PyObject *py_interleave(PyObject *self, PyObject *args) {
+  unsigned long long value, out;
+  long long stride, length, width, padded;
+  if (!PyArg_ParseTuple(args, "KLLLLK", &value, &stride, &length, &width, &padded, &out))
+    return NULL;
+#if defined(TARGET)
+  Py_BEGIN_ALLOW_THREADS;
+  interleave((const uint16_t *)(uintptr_t)value, stride, length, width, padded,
+             (uint16_t *)(uintptr_t)out);
+  Py_END_ALLOW_THREADS;
+#endif
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(multiply_doc,
+             "multiply(cells, scales, columns, panels, values, out, width, heads, "
+             "panels_per_head, length, head_stride, row_stride): the product of the tiles of "
+             "some heads with the same interleaved values; addresses, and sizes in numbers.");
+static PyObject *py_multiply(PyObject *self, PyObject *args) {
+  unsigned long long cells, scales, columns, panels, values, out;
+  long long width, heads, panels_per_head, length, head_stride, row_stride;
+  if (!PyArg_ParseTuple(args, "KKKKKKLLLLLL", &cells, &scales, &columns, &panels, &values, &out,
+                        &width, &heads, &panels_per_head, &length, &head_stride, &row_stride))
+    return NULL;
+#if defined(TARGET)
+  Operands with = {(const uint8_t *)(uintptr_t)cells,    (const uint16_t *)(uintptr_t)scales,
+                   (const uint16_t *)(uintptr_t)columns, (const uint32_t *)(uintptr_t)panels,
+                   (const uint16_t *)(uintptr_t)values,  (uint16_t *)(uintptr_t)out,
+                   width};
+  Py_BEGIN_ALLOW_THREADS;
+  multiply(&with, heads, panels_per_head, length, head_stride, row_stride);
+  Py_END_ALLOW_THREADS;
+#endif
+  Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(tile_doc,
+             "tile(probs, length, dropped_mass, cells, scales, columns, counts) -> int: the tiles "
+             "of a head float32 [length, length], and how many; addresses of room for all.");
+static PyObject *py_tile(PyObject *self, PyObject *args) {
+  unsigned long long probs, cells, scales, columns, counts;
+  long long length, tiles;
+  float dropped_mass;
+  if (!PyArg_ParseTuple(args, "KLfKKKK", &probs, &length, &dropped_mass, &cells, &scales,
+                        &columns, &counts))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  tiles = tile_head((const float *)(uintptr_t)probs, length, dropped_mass,
+                    (uint8_t *)(uintptr_t)cells, (uint16_t *)(uintptr_t)scales,
+                    (uint16_t *)(uintptr_t)columns, (int64_t *)(uintptr_t)counts);
+  Py_END_ALLOW_THREADS;
+  return tiles < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(tiles);
+}
+
+static PyMethodDef methods[] = {
+    {"supported", py_supported, METH_NOARGS, supported_doc},
+    {"interleave", py_interleave, METH_VARARGS, interleave_doc},
+    {"multiply", py_multiply, METH_VARARGS, multiply_doc},
+    {"tile", py_tile, METH_VARARGS, tile_doc},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_tiles", "Products of tiled attention maps with values.", -1, methods,
+};
+
+PyMODINIT_FUNC PyInit__tiles(void) { return PyModule_Create(&module); }

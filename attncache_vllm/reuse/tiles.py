@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention maps in tiles of 8-bit numbers, as they are stored and as they are multiplied.
+
+A tile is 4 rows of a head by 32 columns. Each of its rows has a scale of its own, so that a few
+large probabilities (those of a text's first token, say) do not round away what the others sum up
+to. Tiles that hide everything from their rows are not there, nor are those that together hold next
+to nothing of them; what is left of a row is scaled to its old sum.
+
+With ``e`` the mass that was dropped of a row, and rounding to 1/255 of a tile row's largest value
+``m``, the absolute error of a row's probabilities sums to at most ``2 e + sum(m) * 32 / 510``; the
+errors of rounding have both signs and mostly cancel in the product with V.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attncache_vllm.reuse.apply import RowBlock, RowBlocks, block_bounds, kv_index
+from attncache_vllm.reuse.codec import check_groups, check_map
+from attncache_vllm.reuse.layout import MapLayout, Mask
+
+try:
+    import attncache_vllm.reuse._tiles as _tiles
+except ImportError:  # not built: no compiler at installation
+    _tiles = None  # type: ignore[assignment]
+
+ROWS, COLUMNS = 4, 32
+# Largest probability mass of a row that dropped tiles may hold.
+DROPPED_MASS = 0.005
+# Values are multiplied in vectors of so many numbers.
+WIDTH_MULTIPLE = 16
+
+
+def multiplies(device: torch.device, dtype: torch.dtype, width: int) -> bool:
+    """Whether tiles are multiplied as they are with values of this device, dtype and width."""
+    return (
+        _tiles is not None
+        and bool(_tiles.supported())
+        and device.type == "cpu"
+        and dtype == torch.bfloat16
+        and width % WIDTH_MULTIPLE == 0
+    )
+
+
+def panels_of(length: int) -> int:
+    """Panels, of 4 rows, of a head of `length` tokens."""
+    return -(-length // ROWS)
+
+
+@dataclass(frozen=True, eq=False)
+class TiledMap:
+    """The map of some KV groups of one layer of one sequence.
+
+    Attributes:
+        layout: heads and mask of the layer.
+        length: tokens of the sequence.
+        groups: the KV heads whose query heads it holds, ascending.
+        cells: `[T, 4, 32]` uint8.
+        scales: `[T, 4]` bfloat16; a probability is its cell times its row's scale.
+        columns: `[T]` uint16, the first column of a tile in units of 32.
+        panels: `[len(groups) * G * panels + 1]` uint32; the tiles of panel p, head after head, are
+            those from `panels[p]` to `panels[p + 1]`.
+        lse: `[len(groups) * G, length]` float32, the log-sum-exp of each row's scores; None for a
+            map that comes from no single sequence.
+    """
+
+    layout: MapLayout
+    length: int
+    groups: tuple[int, ...]
+    cells: Tensor
+    scales: Tensor
+    columns: Tensor
+    panels: Tensor
+    lse: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        parts = [self.cells, self.scales, self.columns, self.panels, self.lse]
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def to_dense(self) -> Tensor:
+        """See `AttentionMap`."""
+        dense = torch.zeros(
+            self.layout.num_kv_heads,
+            self.layout.group,
+            self.length,
+            self.length,
+            dtype=torch.bfloat16,
+        )
+        dense[kv_index(self.groups)] = self._held().view(-1, *dense.shape[1:]).to(dense.dtype)
+        return dense.flatten(0, 1)
+
+    def to_blocks(self) -> RowBlocks:
+        """The same map for devices and dtypes that tiles are not multiplied on."""
+        held, mask = self._held().to(torch.bfloat16), self.layout.mask
+        held = held.view(len(self.groups), self.layout.group, self.length, self.length)
+        blocks = []
+        for start, stop in block_bounds(mask, self.length):
+            first = mask.columns(start, self.length)[0]
+            last = mask.columns(stop - 1, self.length)[1]
+            probs = held[:, :, start:stop, first:last].contiguous()
+            blocks.append(RowBlock(start, stop, first, last, probs))
+        return RowBlocks(self.layout, self.length, self.groups, tuple(blocks), self.lse)
+
+    def _held(self) -> Tensor:
+        """`[len(groups) * G, length, length]` float32."""
+        heads = len(self.groups) * self.layout.group
+        panels, wide = panels_of(self.length), -(-self.length // COLUMNS)
+        counts = self.panels.to(torch.int64).diff()
+        panel = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        tiles = torch.zeros(heads * panels, wide, ROWS, COLUMNS)
+        probs = self.cells.float() * self.scales.float()[..., None]
+        tiles[panel, self.columns.to(torch.int64)] = probs
+        dense = tiles.view(heads, panels, wide, ROWS, COLUMNS).transpose(2, 3)
+        dense = dense.reshape(heads, panels * ROWS, wide * COLUMNS)
+        return dense[:, : self.length, : self.length]
+
+    def multiply(self, value: Tensor, out: Tensor, rows: int) -> None:
+        """See `AttentionMap`; `multiplies` says for which values.
+
+        Sums are float32; a probability is rounded to bfloat16 before.
+        """
+        groups, length, width = value.shape
+        assert _tiles is not None and multiplies(value.device, value.dtype, width)
+        assert value.stride(2) == out.stride(3) == 1
+        panels, group = panels_of(self.length), self.layout.group
+        padded = -(-self.length // COLUMNS) * COLUMNS
+        pairs = torch.empty(padded // 2, width, 2, dtype=torch.bfloat16)
+        for number in range(groups):
+            own = value[number]
+            _tiles.interleave(
+                own.data_ptr(), own.stride(0), length, width, padded, pairs.data_ptr()
+            )
+            target = out[number]
+            _tiles.multiply(
+                self.cells.data_ptr(),
+                self.scales.data_ptr(),
+                self.columns.data_ptr(),
+                self.panels.data_ptr() + 4 * number * group * panels,
+                pairs.data_ptr(),
+                target.data_ptr(),
+                width,
+                group,
+                panels,
+                rows,
+                target.stride(0),
+                target.stride(1),
+            )
+
+
+def tile(
+    probs: Tensor, dropped_mass: float = DROPPED_MASS
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cells, scales, columns and panels (see `TiledMap`) of probabilities `[H, N, N]` float32."""
+    tile_head = _tile_head if _tiles is None else _tile_head_natively
+    parts = [tile_head(head, dropped_mass) for head in probs]
+    counts = torch.cat([counts for *_, counts in parts])
+    panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    cells, scales, columns = (torch.cat([part[n] for part in parts]) for n in range(3))
+    return cells, scales, columns, panels.to(torch.uint32)
+
+
+def _tile_head_natively(
+    probs: Tensor, dropped_mass: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert _tiles is not None
+    probs = probs.contiguous()
+    length = len(probs)
+    panels, wide = panels_of(length), -(-length // COLUMNS)
+    cells = torch.empty(panels * wide, ROWS, COLUMNS, dtype=torch.uint8)
+    scales = torch.empty(panels * wide, ROWS, dtype=torch.bfloat16)
+    columns = torch.empty(panels * wide, dtype=torch.uint16)
+    counts = torch.empty(panels, dtype=torch.int64)
+    found = _tiles.tile(
+        probs.data_ptr(),
+        length,
+        dropped_mass,
+        cells.data_ptr(),
+        scales.data_ptr(),
+        columns.data_ptr(),
+        counts.data_ptr(),
+    )
+    return cells[:found], scales[:found], columns[:found], counts
+
+
+def _tile_head(probs: Tensor, dropped_mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    length = len(probs)
+    panels, wide = panels_of(length), -(-length // COLUMNS)
+    padded = torch.zeros(panels * ROWS, wide * COLUMNS)
+    padded[:length, :length] = probs
+    tiles = padded.view(panels, ROWS, wide, COLUMNS).transpose(1, 2)
+    mass = tiles.sum(-1)  # [panels, wide, 4]
+    # The smallest tiles of a panel, as long as no row loses more than it may.
+    worst = mass.amax(-1)
+    ordered, order = worst.sort(-1)
+    kept = torch.empty_like(worst, dtype=torch.bool)
+    kept.scatter_(1, order, ordered.cumsum(-1) > dropped_mass)
+    whole = mass.sum(1)  # [panels, 4]
+    left = (mass * kept[..., None]).sum(1)
+    grown = torch.where(left > 0, whole / left.clamp_min(1e-30), 1.0)
+    largest = tiles.amax(-1)
+    # Rounded up, so that the largest cell is at most 255.
+    bits = (largest / 255).view(torch.int32)
+    scales = (((bits + 0xFFFF) >> 16) << 16).view(torch.float32)
+    cells = (tiles / scales.clamp_min(1e-38)[..., None]).round().clamp(0, 255).to(torch.uint8)
+    kept_scales = (scales * grown[:, None])[kept].to(torch.bfloat16)
+    columns = torch.arange(wide).expand(panels, wide)[kept].to(torch.uint16)
+    return cells[kept], kept_scales, columns, kept.sum(-1)
+
+
+def encode_tiles(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:
+    """Encode a map: log-sum-exps, panels, columns, scales and cells, in this order.
+
+    Args:
+        probs: `[H, N, N]` attention probabilities of any float dtype.
+        lse: `[H, N]` float32, the log-sum-exp of each row's scores (see `exact_map`).
+        mask: which columns a row sees; what it hides is dropped.
+
+    Returns:
+        uint8, on the CPU; how many bytes depends on the map.
+
+    Raises:
+        ValueError: a shape or dtype is not as above, a probability is not in [0, 1] or a
+            log-sum-exp not finite.
+    """
+    check_map(probs, lse)
+    probs = probs.detach().to("cpu", torch.float32)
+    length = probs.shape[-1]
+    if mask.cells(length) < length**2:
+        probs = probs * mask.visible(length)
+    low, high = (float(bound) for bound in probs.aminmax())
+    if not (low >= 0 and high <= 1):  # also false for NaN, which aminmax passes on
+        raise ValueError(
+            f"probabilities must be in [0, 1], got values from {low!r} to {high!r}; "
+            "do not record this sequence"
+        )
+    cells, scales, columns, panels = tile(probs)
+    if len(columns) % 2:  # what follows the columns stays aligned to four bytes
+        columns = torch.cat([columns, columns.new_zeros(1)])
+    parts = [lse.cpu(), panels, columns, scales, cells]
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+
+def decode_tiles(
+    payload: Tensor, layout: MapLayout, length: int, groups: tuple[int, ...] | None = None
+) -> TiledMap:
+    """The map of some KV groups from what `encode_tiles` made; nothing about it is trusted.
+
+    Args:
+        payload: 1-D contiguous uint8 on the CPU, copied from and not kept.
+        layout: heads and mask of the layer.
+        length: tokens of the stored sequence.
+        groups: the KV heads whose query heads are wanted, ascending; None is all.
+
+    Raises:
+        ValueError: the payload does not fit the numbers, or the layer has no such groups.
+    """
+    groups = check_groups(layout, length, groups)
+    head = _sizes(layout, length, 0)
+    if payload.dtype != torch.uint8 or payload.ndim != 1 or len(payload) < head[0] + head[1]:
+        raise ValueError(_damaged(layout, length, f"{payload.dtype!r} {tuple(payload.shape)!r}"))
+    if not payload.is_contiguous() or payload.storage_offset() % 4:
+        payload = payload.clone()
+    panels = payload[head[0] : head[0] + head[1]].view(torch.uint32).to(torch.int64)
+    tiles = int(panels[-1])
+    sizes = _sizes(layout, length, tiles)
+    if panels[0] != 0 or (panels.diff() < 0).any() or sum(sizes) != len(payload):
+        raise ValueError(_damaged(layout, length, f"{len(payload)} bytes and {tiles} tiles"))
+    lse, _, columns, scales, cells = torch.split(payload, sizes)
+    own = layout.group * panels_of(length)  # panels of a KV group
+    picked = [slice(int(panels[g * own]), int(panels[(g + 1) * own])) for g in groups]
+
+    def of(part: Tensor) -> Tensor:
+        return torch.cat([part[span] for span in picked])
+
+    own_columns = of(columns.view(torch.uint16)[:tiles])
+    if len(own_columns) and int(own_columns.to(torch.int32).max()) * COLUMNS >= length:
+        raise ValueError(_damaged(layout, length, "a tile beyond the last column"))
+    own_scales = of(scales.view(torch.bfloat16).view(-1, ROWS))
+    if not bool(((own_scales >= 0) & (own_scales <= 1)).all()):
+        raise ValueError(_damaged(layout, length, "a scale that is not in [0, 1]"))
+    counts = panels.diff().view(layout.num_kv_heads, own)[list(groups)].flatten()
+    own_panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    own_lse = lse.view(torch.float32).view(layout.num_kv_heads, -1)[list(groups)]
+    return TiledMap(
+        layout,
+        length,
+        groups,
+        of(cells.view(-1, ROWS, COLUMNS)),
+        own_scales,
+        own_columns,
+        own_panels.to(torch.uint32),
+        own_lse.reshape(-1, length).clone(),
+    )
+
+
+def _sizes(layout: MapLayout, length: int, tiles: int) -> list[int]:
+    """Bytes of log-sum-exps, panels, columns (an even number of them), scales and cells."""
+    heads = layout.num_heads
+    return [
+        4 * heads * length,
+        4 * (heads * panels_of(length) + 1),
+        2 * (tiles + tiles % 2),
+        2 * ROWS * tiles,
+        ROWS * COLUMNS * tiles,
+    ]
+
+
+def _damaged(layout: MapLayout, length: int, got: str) -> str:
+    return (
+        f"a tiled {layout.mask} map of {layout.num_heads} heads x {length} tokens must hold what "
+        f"its numbers say, got {got}; treat the record as damaged"
+    )
