@@ -202,6 +202,8 @@ class Lookups:
         wanted = sorted(set(entry_ids))
         found = {entry_id: self.resident.get((sources, entry_id)) for entry_id in wanted}
         absent = [entry_id for entry_id, maps in found.items() if maps is None]
+        metrics.LOADS.labels("resident").inc(len(wanted) - len(absent))
+        metrics.LOADS.labels("stored").inc(len(absent))
         if absent:
             records = self._store.load(absent, deadline=deadline)
             for entry_id, record in zip(absent, records, strict=True):
@@ -211,7 +213,10 @@ class Lookups:
                     continue
                 found[entry_id] = maps
                 size = sum(blocks.nbytes for blocks in maps.values())
-                self.resident.put((sources, entry_id), maps, size)
+                # A hit saves about as much for every token.
+                tokens = float(sum(blocks.length for blocks in maps.values()))
+                self.resident.put((sources, entry_id), maps, size, tokens)
+        metrics.RESIDENT_BYTES.set(self.resident.stats().bytes)
         return {entry_id: maps for entry_id, maps in found.items() if maps is not None}
 
     def _decode(self, sources: tuple[Source, ...], record: Record) -> Maps | None:

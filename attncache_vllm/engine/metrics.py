@@ -50,6 +50,16 @@ LAYERS = Gauge(
     ["treatment"],
     multiprocess_mode="mostrecent",
 )
+LOADS = Counter(
+    "attncache_loads",
+    "Entries whose maps were wanted, by where they were: resident in memory, or only stored.",
+    ["place"],
+)
+RESIDENT_BYTES = Gauge(
+    "attncache_resident_bytes",
+    "Bytes of the maps that are resident in memory.",
+    multiprocess_mode="livesum",
+)
 LOOKUP_SECONDS = Histogram(
     "attncache_lookup_seconds",
     "Wall time from the start of a batched lookup to its maps being ready, in seconds.",

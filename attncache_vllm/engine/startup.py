@@ -25,7 +25,7 @@ from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, a
 from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import SettingsError, StoreDamaged, StoreError
-from attncache_vllm.reuse.codecs import servable
+from attncache_vllm.reuse.codecs import servable, servable_template
 from attncache_vllm.reuse.correct import Correction, Corrections, corrections_from_bytes
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
@@ -154,7 +154,8 @@ def _serving(
     """What the worker holds."""
     layouts = {found.index: found.layout for found in reusable}
     _check_groups(plan, layouts)
-    device = _device(reusable)
+    device, dtype = _device(reusable), vllm_config.model_config.dtype
+    head_size = reusable[0].attention.head_size
     projector = Projector.from_bytes(store.projector_bytes)
     if projector.hidden_size != _hidden_size(vllm_config):
         raise StoreError(
@@ -164,12 +165,13 @@ def _serving(
     lookups = None
     if set(plan.sources) - {"template"}:
         groups = namespace.num_layers * namespace.num_kv_heads
-        dtype, head_size = vllm_config.model_config.dtype, reusable[0].attention.head_size
         form = functools.partial(servable, device=device, dtype=dtype, head_size=head_size)
         lookups = Lookups(store, projector, plan, settings, layouts, groups, device, form)
     return Serving(
         lookups,
-        _templates(store, plan, modules, reusable).to(device),
+        _templates(store, plan, modules, reusable).served_as(
+            functools.partial(servable_template, device=device, dtype=dtype, head_size=head_size)
+        ),
         Canaries(plan, settings.canary_share, settings.store),
         settings,
         projector.slots,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.apply import AttentionMap
 from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
@@ -89,12 +89,12 @@ def _layout(namespace: Namespace, mask: Mask) -> MapLayout:
     return MapLayout(namespace.num_heads, namespace.num_kv_heads, mask)
 
 
-def _decoded(record: Record, layer: int, layout: MapLayout) -> RowBlocks:
+def _decoded(record: Record, layer: int, layout: MapLayout) -> AttentionMap:
     payload = torch.from_numpy(record.maps[layer].copy())
     return decode_blocks(record.codec, payload, layout, record.length)
 
 
-def _mean(blocks: RowBlocks, length: int, groups: tuple[int, ...]) -> NDArray[np.float32]:
+def _mean(blocks: AttentionMap, length: int, groups: tuple[int, ...]) -> NDArray[np.float32]:
     """Mean over the heads of ``groups`` of the leading block ``[length, length]``."""
     size = blocks.layout.group
     heads = [group * size + member for group in groups for member in range(size)]

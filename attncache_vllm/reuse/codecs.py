@@ -12,7 +12,7 @@ from torch import Tensor
 from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
 from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.tiles import TiledMap, decode_tiles, encode_tiles, multiplies
+from attncache_vllm.reuse.tiles import TiledMap, decode_tiles, encode_tiles, multiplies, tiled
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ def servable(
     if multiplies(device, dtype, head_size):
         return stored
     return stored.to_blocks().to(device)
+
+
+def servable_template(
+    blocks: RowBlocks, device: torch.device, dtype: torch.dtype, head_size: int
+) -> AttentionMap:
+    """The same for a template, which is served so often that it is worth a new form."""
+    if multiplies(device, dtype, head_size):
+        return tiled(blocks)
+    return blocks.to(device)
 
 
 def decode_blocks(codec: str, payload: Tensor, layout: MapLayout, length: int) -> RowBlocks:

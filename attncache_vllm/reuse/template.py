@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import RowBlocks
+from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout
 
@@ -136,11 +136,19 @@ class TemplateSums:
 class Templates:
     """The templates of some layers, by layer and length."""
 
-    def __init__(self, maps: Mapping[int, Mapping[int, RowBlocks]]) -> None:
-        """``maps`` gives for each layer its maps by their length in tokens."""
+    def __init__(
+        self,
+        maps: Mapping[int, Mapping[int, RowBlocks]],
+        form: Callable[[RowBlocks], AttentionMap] = lambda blocks: blocks,
+    ) -> None:
+        """``maps`` gives for each layer its maps by their length in tokens, ``form`` what they are
+        served as."""
         self._maps = {layer: dict(of_layer) for layer, of_layer in maps.items()}
+        self._form = form
         self._lengths = {layer: sorted(of_layer) for layer, of_layer in self._maps.items()}
-        self._resized: dict[tuple[int, int], RowBlocks] = {}
+        # Made when first served; there are few buckets, each with at most as many lengths as it is
+        # wide, and one causal length.
+        self._served: dict[tuple[int, int], AttentionMap] = {}
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -156,22 +164,21 @@ class Templates:
         """Bytes held, apart from maps cut to a length on request."""
         return sum(blocks.nbytes for _, _, blocks in self._items())
 
-    def get(self, layer: int, length: int) -> RowBlocks | None:
+    def get(self, layer: int, length: int) -> AttentionMap | None:
         """The map that serves ``length`` tokens in ``layer``; None if none is long enough."""
         lengths = self._lengths.get(layer, [])
         at = bisect_left(lengths, length)
         if at == len(lengths):
             return None
         blocks = self._maps[layer][lengths[at]]
-        if blocks.layout.mask.causal or blocks.length == length:
-            return blocks
-        # There are at most as many lengths as a bucket is wide, for each of the few buckets.
-        if (layer, length) not in self._resized:
-            held = blocks.to_dense()[_heads(blocks)]
-            # Tokens only come closer to each other, so that a window hides no more than before.
-            resized = _held(resize(held.float(), length), blocks.layout, blocks.groups)
-            self._resized[layer, length] = resized.to(blocks.blocks[0].probs.device)
-        return self._resized[layer, length]
+        serves = blocks.length if blocks.layout.mask.causal else length
+        if (layer, serves) not in self._served:
+            if serves != blocks.length:
+                held = blocks.to_dense()[_heads(blocks)].float()
+                # Tokens only come closer to each other, so that a window hides no more than before.
+                blocks = _held(resize(held, length), blocks.layout, blocks.groups)
+            self._served[layer, serves] = self._form(blocks)
+        return self._served[layer, serves]
 
     def select(self, groups: Mapping[int, tuple[int, ...]]) -> Templates:
         """The same templates with only these KV groups of only these layers.
@@ -186,16 +193,14 @@ class Templates:
             chosen[layer] = {n: _only(blocks, wanted) for n, blocks in self._maps[layer].items()}
         return Templates(chosen)
 
-    def to(self, device: torch.device) -> Templates:
-        """The same templates on ``device``; itself where they are there already."""
-        if device.type == "cpu":
-            return self
-        return Templates(
-            {
-                layer: {length: blocks.to(device) for length, blocks in of_layer.items()}
-                for layer, of_layer in self._maps.items()
-            }
-        )
+    def served_as(self, form: Callable[[RowBlocks], AttentionMap]) -> Templates:
+        """The same templates, whose maps are served as what ``form`` makes of them. That takes a
+        while for each map: it is done here for causal ones, of which there is one in a layer."""
+        served = Templates(self._maps, form)
+        for layer, length, blocks in self._items():
+            if blocks.layout.mask.causal:
+                served.get(layer, length)
+        return served
 
     def to_bytes(self) -> bytes:
         """Safetensors with one encoded map per layer and length; `from_bytes` reads it back."""

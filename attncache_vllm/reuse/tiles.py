@@ -152,6 +152,13 @@ class TiledMap:
             )
 
 
+def tiled(blocks: RowBlocks) -> TiledMap:
+    """The same map in tiles, as far as they keep it."""
+    dense = blocks.to_dense().view(-1, blocks.layout.group, blocks.length, blocks.length)
+    parts = tile(dense[kv_index(blocks.groups)].flatten(0, 1).float())
+    return TiledMap(blocks.layout, blocks.length, blocks.groups, *parts, blocks.lse)
+
+
 def tile(
     probs: Tensor, dropped_mass: float = DROPPED_MASS
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from attncache_vllm.reuse.resident import ResidentSet, ResidentStats
 
 
-def test_the_least_recently_used_item_goes_first() -> None:
+def test_of_equal_items_the_least_used_goes_first_and_then_the_oldest() -> None:
     resident: ResidentSet[str, int] = ResidentSet(30)
     for value, key in enumerate("abc"):
         resident.put(key, value, 10)
-    assert resident.get("a") == 0  # now "b" is the oldest
+    assert resident.get("a") == 0
     resident.put("d", 3, 10)
     assert [resident.get(key) for key in "abcd"] == [0, None, 2, 3]
     assert resident.stats() == ResidentStats(hits=4, misses=1, bytes=30, entries=3)
@@ -24,6 +24,34 @@ def test_one_big_item_may_push_out_several() -> None:
         resident.put(key, value, 10)
     resident.put("big", 9, 25)
     assert [resident.get(key) for key in ("a", "b", "c", "big")] == [None, None, None, 9]
+
+
+def test_small_and_dear_items_outlive_big_and_cheap_ones() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(100)
+    resident.put("small", 1, 10, cost=1.0)
+    resident.put("dear", 2, 40, cost=8.0)
+    resident.put("big", 3, 50, cost=1.0)
+    resident.put("new", 4, 20, cost=1.0)
+    held = [key for key in ("small", "dear", "big", "new") if resident.get(key) is not None]
+    assert held == ["small", "dear", "new"]
+
+
+def test_what_was_popular_once_goes_in_the_end() -> None:
+    resident: ResidentSet[object, int] = ResidentSet(30)
+    resident.put("old favourite", 0, 10)
+    for _ in range(20):
+        assert resident.get("old favourite") == 0
+    for number in range(60):
+        resident.put(number, number, 10)
+    assert resident.get("old favourite") is None
+
+
+def test_uses_do_not_pile_up_in_memory() -> None:
+    resident: ResidentSet[int, int] = ResidentSet(30)
+    for number in range(5000):
+        resident.put(number % 3, number, 10)
+        resident.get(number % 3)
+    assert len(resident._queue) < 100
 
 
 def test_an_item_bigger_than_the_bound_is_not_kept_and_evicts_nothing() -> None:
@@ -88,3 +116,5 @@ def test_negative_sizes_are_refused() -> None:
         ResidentSet(-1)
     with pytest.raises(ValueError, match="nbytes must be >= 0"):
         ResidentSet[str, int](10).put("a", 1, -1)
+    with pytest.raises(ValueError, match="cost, too"):
+        ResidentSet[str, int](10).put("a", 1, 1, -1.0)
