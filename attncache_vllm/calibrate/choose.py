@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, TypeVar
 
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.fidelity import Fidelity
@@ -15,11 +15,12 @@ from attncache_vllm.reuse.plan import SourcePlan
 
 Damages = Mapping[tuple[int, int], float]
 Groups = dict[int, tuple[int, ...]]
+T = TypeVar("T")
 
 # Shares of the KV groups at which a curve is measured.
 SHARES = (1 / 8, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 # So far below the budget a curve does not come back.
-HOPELESS = 0.02
+HOPELESS = 0.012
 # So often the gap between what is inside the budget and what is not is halved.
 HALVINGS = 2
 
@@ -138,6 +139,39 @@ def best_first(curve: Sequence[tuple[Candidate, Fidelity]], budget: Budget) -> l
     """The candidates inside the budget, largest saving first."""
     inside = [candidate for candidate, fidelity in curve if budget.holds(fidelity)]
     return sorted(inside, key=lambda candidate: -candidate.saving)
+
+
+def first_that_passes(
+    ordered: Sequence[Candidate],
+    sets_of: Callable[[Sequence[float]], list[Candidate]],
+    check: Callable[[Candidate], T | None],
+) -> tuple[Candidate, T] | None:
+    """The first candidate that passes, with what its check returned.
+
+    ``ordered`` is coarse: below a candidate that has failed, further ones are tried halfway to the
+    next that passes, or to nothing.
+    """
+    failed: Candidate | None = None
+    best: tuple[Candidate, T] | None = None
+    for candidate in ordered:
+        if (found := check(candidate)) is not None:
+            best = candidate, found
+            break
+        failed = candidate
+    for _ in range(HALVINGS if failed is not None else 0):
+        assert failed is not None
+        low = 0.0 if best is None else best[0].groups_share
+        between = sets_of([(low + failed.groups_share) / 2])
+        if not between or between[0].saving >= failed.saving:
+            break
+        middle = between[0]
+        if best is not None and middle.saving <= best[0].saving:
+            break
+        if (found := check(middle)) is not None:
+            best = middle, found
+        else:
+            failed = middle
+    return best
 
 
 def points(curve: Sequence[tuple[Candidate, Fidelity]]) -> list[dict[str, Any]]:

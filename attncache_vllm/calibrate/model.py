@@ -16,7 +16,7 @@ from attncache_vllm.errors import AttnCacheError, SettingsError
 from attncache_vllm.serve_options import engine_args
 
 # The texts that corrections are fitted on run in one step of at most so many tokens and sequences.
-STEP_TOKENS = 32768
+STEP_TOKENS = 24576
 STEP_SEQUENCES = 2048
 KV_CACHE_BYTES = 4 * 2**30
 

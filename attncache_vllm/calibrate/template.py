@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from attncache_vllm.calibrate.choose import (
     candidates,
     error_bands,
     every_layer,
+    first_that_passes,
     measure_curve,
     points,
     table,
@@ -81,26 +83,34 @@ class TemplateChooser:
             base = next(iter(best_first(curve, budget)), None)
             groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
             curve += measure_curve(partial(candidates, groups, self._saving, base), budget, measure)
-        for candidate in best_first(curve, budget):
+
+        def check(candidate: Candidate) -> dict[str, Any] | None:
+            if not budget.holds(measure(candidate)):
+                return None
             self._fit_corrections(candidate)
             with self._calibrator.serving(self._hits(candidate.groups)):
                 fidelity, report = self._check.with_intervals()
             # The texts that chose it flatter it a little: what they let pass must pass here.
-            if budget.holds(fidelity):
-                num_layers = self._saving.num_layers
-                plan = SourcePlan(
-                    every_layer(candidate.groups, num_layers),
-                    corrected=tuple(
-                        layer
-                        for layer, of_layer in sorted(self._calibrator.corrections.items())
-                        if "template" in of_layer
-                    ),
-                    errors=self._errors(candidate),
-                )
-                return Chosen(
-                    plan, table(damages, num_layers), points(curve), {**report, **candidate.shares}
-                )
-        return None
+            return report if budget.holds(fidelity) else None
+
+        sets_of = partial(candidates, layers, self._saving, None)
+        found = first_that_passes(best_first(curve, budget), sets_of, check)
+        if found is None:
+            return None
+        candidate, report = found
+        self._fit_corrections(candidate)
+        num_layers = self._saving.num_layers
+        plan = SourcePlan(
+            every_layer(candidate.groups, num_layers),
+            corrected=tuple(
+                layer
+                for layer, of_layer in sorted(self._calibrator.corrections.items())
+                if "template" in of_layer
+            ),
+            errors=self._errors(candidate),
+        )
+        sensitivity = table(damages, num_layers)
+        return Chosen(plan, sensitivity, points(curve), {**report, **candidate.shares})
 
     def selected(self, chosen: Chosen) -> Templates:
         """The templates that a plan needs."""

@@ -20,6 +20,7 @@ from attncache_vllm.calibrate.choose import (
     by_layer,
     candidates,
     every_layer,
+    first_that_passes,
     measure_curve,
     points,
     table,
@@ -126,7 +127,7 @@ def test_a_curve_ends_where_it_does_not_come_back() -> None:
     # A dip is passed, what is hopeless is the last that is shown.
     assert [size_of(item) for item, _ in curve] == [3, 6, 8, 10, 11, 12]
     ranks = [point["rank_fidelity"] for point in points(curve)]
-    assert ranks == [0.99, 0.89, 0.95, 0.91, 0.91, 0.87]
+    assert ranks == [0.99, 0.894, 0.95, 0.91, 0.91, 0.878]
 
 
 @given(st.integers(0, 40))
@@ -156,6 +157,32 @@ def test_a_curve_of_a_task_ends_with_the_task() -> None:
     assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.03, -0.08]
     assert [size_of(item) for item in best_first(curve, budget)] == [6, 3]
     assert "task_change" not in points([(candidate(1), kept(0.9))])[0]
+
+
+@given(st.lists(st.integers(1, 24), unique=True), st.integers(0, 24))
+def test_below_what_fails_the_gap_to_what_passes_is_halved(sizes: list[int], largest: int) -> None:
+    asked: list[int] = []
+
+    def check(item: Candidate) -> str | None:
+        asked.append(size_of(item))
+        return item.name if size_of(item) <= largest else None
+
+    ordered = sets_of([size / 24 for size in sorted(sizes, reverse=True)])
+    found = first_that_passes(
+        ordered, lambda shares: [s for s in sets_of(shares) if size_of(s)], check
+    )
+    passing = [size for size in sizes if size <= largest]
+    failing = [size for size in sizes if size > largest]
+    assert len(set(asked)) == len(asked), "none twice"
+    if found is None:
+        assert not passing
+        assert not failing or min(asked) <= max(1, -(-min(failing) // 4)) or largest == 0
+        return
+    item, what = found
+    assert what == item.name and size_of(item) <= largest
+    assert size_of(item) >= max(passing, default=1)
+    if not failing:
+        assert asked == [max(passing)]
 
 
 @given(
