@@ -38,7 +38,7 @@ def examine(store: Path | None, model: str | None, arguments: Sequence[str] = ()
 
     ``arguments`` are those of ``vllm serve`` besides the model.
     """
-    checks = [*_versions(), _machine(), _plugin()]
+    checks = [*_versions(), _machine(), _products(), _plugin()]
     if store is not None:
         checks += _store(store)
     if model is not None:
@@ -67,6 +67,15 @@ def _machine() -> Check:
     features += ["AVX512-BF16"] if torch.cpu._is_avx512_bf16_supported() else []
     features += ["AMX"] if torch.cpu._is_amx_tile_supported() else []
     return Check("machine", "info", f"{device}, {platform.machine()}, {', '.join(features)}")
+
+
+def _products() -> Check:
+    from attncache_vllm.reuse.tiles import why_not_native
+
+    reason = why_not_native()
+    if reason is None:
+        return Check("stored maps", "ok", "multiplied as they are, in tiles of 8 bits")
+    return Check("stored maps", "info", f"decoded to bfloat16 in memory: {reason}")
 
 
 def _plugin() -> Check:

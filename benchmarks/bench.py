@@ -82,19 +82,11 @@ def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
     folder.mkdir(parents=True)
     texts = {length: texts_of(model, length) for length in lengths}
     build_store(model, texts, folder)
-    settings = {
-        "store": str(store.resolve()),
-        "plan": str(own_maps_plan(store).resolve()),
-        # A late lookup would be a miss. It is waited for, and the wait is on the clock.
-        "lookup_deadline_ms": 60_000.0,
-        "resident_mib": 16_384,
-        "canary_share": 0.0,  # their share is a setting
-    }
     measured = {}
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(
-                engine(name, model, max(lengths), folder / f"{name}.log", settings)
+                engine(name, model, max(lengths), folder / f"{name}.log", bench_settings(store))
             )
             for name in ("standard", "reuse", "floor")
         }
@@ -237,6 +229,18 @@ def build_store(model: Path, texts: dict[int, Texts], folder: Path) -> None:
     ):
         if process.wait() != 0:
             raise RuntimeError(f"attncache build failed; see {log.name}")
+
+
+def bench_settings(store: Path) -> dict[str, Any]:
+    """The plugin's settings."""
+    return {
+        "store": str(store.resolve()),
+        "plan": str(own_maps_plan(store).resolve()),
+        # A late lookup would be a miss. It is waited for, and the wait is on the clock.
+        "lookup_deadline_ms": 60_000.0,
+        "resident_mib": 16_384,
+        "canary_share": 0.0,  # their share is a setting
+    }
 
 
 def own_maps_plan(store: Path) -> Path:

@@ -13,7 +13,7 @@ import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,12 +28,14 @@ Prompts = Sequence[Sequence[int]]
 @dataclass(frozen=True)
 class Reply:
     """A batch's wall time, how many of its sequences were served from maps, its answers (one list
-    of floats each), and the most memory that the process ever held, in MiB."""
+    of floats each), the most memory that the process ever held, in MiB, and, if it was profiled,
+    the seconds spent in each operator itself."""
 
     seconds: float
     hits: int
     answers: list[list[float]]
     peak_mib: float
+    operators: dict[str, float]
 
 
 class Engine:
@@ -42,9 +44,9 @@ class Engine:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def ask(self, prompts: Prompts, cold: bool = False) -> Reply:
+    def ask(self, prompts: Prompts, cold: bool = False, profile: bool = False) -> Reply:
         """Answers to token ids; ``cold`` forgets decoded maps first, outside the clock."""
-        self._pipe.send((prompts, cold))
+        self._pipe.send((prompts, cold, profile))
         reply: Reply = self._pipe.recv()
         return reply
 
@@ -112,26 +114,33 @@ def _run(
     pipe.send("ready")
     while True:
         try:
-            prompts, cold = pipe.recv()
+            prompts, cold, profile = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(llm, prompts, cold))
+        pipe.send(_answer(llm, prompts, cold, profile))
 
 
-def _answer(llm: Any, prompts: Prompts, cold: bool) -> Reply:
+def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool) -> Reply:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiled
+
     serving = _serving(llm)
     if cold and serving is not None:
         lookups = serving._lookups
         lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
     given = [{"prompt_token_ids": list(ids)} for ids in prompts]
     before = 0 if serving is None else serving.outcomes.sequences["hit"]
-    started = time.perf_counter()
-    outputs = llm.encode(given, pooling_task="embed", use_tqdm=False)
-    seconds = time.perf_counter() - started
+    operators = {}
+    with profiled(activities=[ProfilerActivity.CPU]) if profile else nullcontext() as trace:
+        started = time.perf_counter()
+        outputs = llm.encode(given, pooling_task="embed", use_tqdm=False)
+        seconds = time.perf_counter() - started
+    if trace is not None:
+        operators = {row.key: row.self_cpu_time_total / 1e6 for row in trace.key_averages()}
     hits = 0 if serving is None else serving.outcomes.sequences["hit"] - before
     answers = [output.outputs.data.float().tolist() for output in outputs]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return Reply(seconds, hits, answers, peak)
+    return Reply(seconds, hits, answers, peak, operators)
 
 
 def _serving(llm: Any) -> Any:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,17 +24,21 @@ RC: dict[Any, Any] = {
 def sensitivity(damage: Mapping[str, Sequence[Sequence[float]]]) -> str:
     """Damage of each KV group alone, per layer: one panel for each source.
 
-    ``damage`` gives per source, per layer, a value for each KV group.
+    ``damage`` gives per source, per layer, a value for each KV group; sources that nothing was
+    measured of have no layers, and no panel.
     """
+    damage = {source: layers for source, layers in damage.items() if any(layers)}
     with rc_context(RC):
         figure = Figure(figsize=(8, 2.2 * len(damage)), layout="constrained")
         panels = figure.subplots(len(damage), 1, squeeze=False)[:, 0]
         for panel, (source, layers) in zip(panels, damage.items(), strict=True):
-            for group in range(len(layers[0])):
-                values = [layer[group] for layer in layers]
+            groups = max(map(len, layers))
+            for group in range(groups):
+                # Layers that cannot be served have no groups.
+                values = [layer[group] if layer else math.nan for layer in layers]
                 panel.plot(values, marker=".", linewidth=0.8, label=f"KV group {group}")
             panel.set(title=source, ylabel="damage", xlabel="layer", ylim=(0, None))
-            if len(layers[0]) <= 8:
+            if groups <= 8:
                 panel.legend(fontsize=7)
         return _svg(figure)
 

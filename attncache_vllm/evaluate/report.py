@@ -152,7 +152,7 @@ def _plots(report: dict[str, Any], maps: Maps) -> Iterator[str]:
     damage, curve = calibration.get("sensitivity"), calibration.get("curve")
     yield from section(
         "Sensitivity per layer",
-        (lambda: plots.sensitivity(damage)) if damage else None,
+        (lambda: plots.sensitivity(damage)) if damage and any(map(any, damage.values())) else None,
         uncalibrated,
     )
     yield from section(

@@ -34,11 +34,19 @@ DROPPED_MASS = 0.005
 WIDTH_MULTIPLE = 16
 
 
+def why_not_native() -> str | None:
+    """Why tiles cannot be multiplied as they are on this machine; None if they can."""
+    if _tiles is None:
+        return "the extension was not compiled; install again where there is a C compiler"
+    if not _tiles.supported():
+        return "the CPU has no AVX-512 BF16"
+    return None
+
+
 def multiplies(device: torch.device, dtype: torch.dtype, width: int) -> bool:
     """Whether tiles are multiplied as they are with values of this device, dtype and width."""
     return (
-        _tiles is not None
-        and bool(_tiles.supported())
+        why_not_native() is None
         and device.type == "cpu"
         and dtype == torch.bfloat16
         and width % WIDTH_MULTIPLE == 0

@@ -15,7 +15,9 @@ from attncache_vllm.reuse.plan import Plan, SourcePlan
 
 PLAN = Plan(0, 3, {"template": SourcePlan(((), (0,), (0, 1)))})
 CALIBRATION = {
-    "sensitivity": {"template": [[0.5, 0.4], [0.1, 0.2], [0.0, 0.1]]},
+    # As of a calibration: layers that cannot be served are empty, and of exact prefixes nothing is
+    # measured.
+    "sensitivity": {"template": [[], [0.1, 0.2], [0.0, 0.1]], "prefix": []},
     "curve": {
         "template": [
             {
