@@ -75,13 +75,14 @@ def _neighbour(store: LocalStore, own_id: int, own: Record, causal: bool) -> Rec
 
 
 def _mask(record: Record, layer: int, namespace: Namespace) -> Mask | None:
-    """What rows of the map see: its size tells. None where it is neither all nor all before."""
-    for mask in (Mask(causal=True), Mask(causal=False)):
+    """What rows of the map see: its size tells, or what they saw. None where it is neither all nor
+    all before."""
+    for mask in (Mask(causal=False), Mask(causal=True)):
         try:
-            _decoded(record, layer, _layout(namespace, mask))
+            found = _decoded(record, layer, _layout(namespace, mask))
         except ValueError:
             continue
-        return mask
+        return mask if found.to_dense().triu(1).any() else Mask(causal=True)
     return None
 
 

@@ -12,7 +12,7 @@ import torch
 from store_samples import NAMESPACE, make_record
 
 from attncache_vllm.evaluate.maps import sample_maps
-from attncache_vllm.reuse.codec import encode_map
+from attncache_vllm.reuse.codecs import CODECS
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan
@@ -31,16 +31,18 @@ def uniform(length: int, mask: Mask) -> torch.Tensor:
     return (visible / visible.sum(1, keepdim=True)).expand(HEADS, -1, -1)
 
 
-def build(path: Path, mask: Mask, templates: bool) -> Path:
+def build(path: Path, mask: Mask, templates: bool, codec: str = "tiles-u8-lse") -> Path:
     projector = Projector(4, slots=2)
     with LocalStore.create(path, NAMESPACE, {"layers": [LAYER]}) as store:
         features = []
         for number, (length, pooled) in enumerate(zip(LENGTHS, POOLED, strict=True)):
             ids = np.arange(number, number + length, dtype=np.int32)
-            payload = encode_map(uniform(length, mask), torch.zeros(HEADS, length), mask)
+            encode = CODECS[codec].encode
+            payload = encode(uniform(length, mask), torch.zeros(HEADS, length), mask)
             record = replace(
                 make_record(number),
                 length=length,
+                codec=codec,
                 token_ids=ids,
                 token_hash=token_hash(ids),
                 pooled=np.full((2, 4), pooled, dtype=np.float32),
@@ -80,8 +82,13 @@ def test_a_bidirectional_text_has_no_neighbour_of_another_length(tmp_path: Path)
 
 
 @pytest.mark.parametrize("window", [2, 5])
-def test_a_windowed_layer_is_not_drawn(tmp_path: Path, window: int) -> None:
+def test_a_windowed_layer_is_drawn_where_the_map_itself_says_what_it_sees(
+    tmp_path: Path, window: int
+) -> None:
     mask = Mask(causal=True, window=window)
-    title, maps = sample_maps(build(tmp_path / "store", mask, templates=False))
+    _, maps = sample_maps(build(tmp_path / "tiles", mask, templates=False))
+    np.testing.assert_allclose(maps["own map"], uniform(8, mask)[0].numpy(), atol=4e-3)
+    path = build(tmp_path / "store", mask, templates=False, codec="visible-bf16-lse")
+    title, maps = sample_maps(path)
     assert maps == {}
     assert "windowed" in title
