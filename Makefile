@@ -64,7 +64,8 @@ $(BIN)/.lock-installed: requirements/cpu.txt
 	    "PyTorch's installation page, or to a folder of wheels (got '$(TORCH_INDEX)')" >&2; exit 1; }
 	@touch $@
 
-$(BIN)/.package-installed: $(BIN)/.lock-installed pyproject.toml $(ALIAS)/pyproject.toml
+$(BIN)/.package-installed: $(BIN)/.lock-installed pyproject.toml $(ALIAS)/pyproject.toml \
+    attncache_vllm/reuse/_tiles.c
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./$(ALIAS) -e .
 	@touch $@
 
