@@ -195,18 +195,19 @@ def _ratios(before: list[float], after: list[float]) -> list[float]:
 def texts_of(model: Path, length: int) -> Texts:
     """Texts that have exactly ``length`` tokens, cut out of news."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    stream = tokenizer("\n\n".join(news(400))).input_ids
+    stream = tokenizer("\n\n".join(news(2000))).input_ids
     wanted = 2 if length > 1024 else min(MANY, MANY_TOKENS // length)
     found: list[list[int]] = []
     start = 0
     while len(found) < 2 * wanted:
         ids = stream[start : start + length]
-        start += length
+        start += max(1, length // 8)
         if len(ids) < length:
             raise RuntimeError(f"the corpus must have {2 * wanted} texts of {length} tokens")
-        # Cut at a token and read again, a text may have other tokens.
-        if tokenizer(tokenizer.decode(ids)).input_ids == ids:
+        # Cut at a token and read again, as a corpus is read, a text may have other tokens.
+        if tokenizer(tokenizer.decode(ids).strip()).input_ids == ids:
             found.append(ids)
+            start += length
     return Texts(found[:wanted], found[wanted:])
 
 

@@ -25,8 +25,8 @@ EDITED_SHARE = 0.05
 MEAN = ("--convert", "embed", "--pooler-config", '{"seq_pooling_type": "MEAN"}')
 LAST = (
     *("--convert", "embed", "--pooler-config", '{"seq_pooling_type": "LAST"}'),
-    # Beside prefix caching, on by default with the last token, every request is bypassed, and beside
-    # chunked prefill every prompt that does not fit the rest of a step.
+    # Beside prefix caching, on by default with the last token, every request is bypassed; beside
+    # chunked prefill, every prompt that does not fit the rest of a step.
     *("--no-enable-prefix-caching", "--no-enable-chunked-prefill"),
 )
 
