@@ -10,15 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.names import CodecName
 
-# Those of `attncache_vllm.reuse.codecs`, which imports torch.
-CodecName = Literal["tiles-u8-lse", "visible-bf16-lse"]
 SETTINGS_KEY = "attncache"
 MIB = 1024 * 1024
 

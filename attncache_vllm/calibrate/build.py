@@ -30,8 +30,8 @@ from attncache_vllm.calibrate.train import (
     map_distance,
     train_projector,
 )
-from attncache_vllm.config import CodecName
 from attncache_vllm.errors import AttnCacheError, SettingsError, StoreError
+from attncache_vllm.names import CodecName
 from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask

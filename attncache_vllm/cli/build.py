@@ -20,8 +20,8 @@ from attncache_vllm.cli.common import (
     ranges,
     user_errors,
 )
-from attncache_vllm.config import CodecName
 from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.names import CodecName
 
 # Below it the order of feature distances says next to nothing about the order of map distances.
 WEAK_CORRELATION = 0.1

@@ -10,12 +10,14 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
 #define ROWS 4  /* of a tile */
 #define COLS 32 /* of a tile */
+#define LEAST 1e-6f
 
 /* The next bfloat16 at or above a number that is not negative. */
 static float rounded_up(float number) {
@@ -38,12 +40,19 @@ typedef struct {
 } TileSums;
 
 /* Tiles of the rows from `first` on of a head [length, length]; returns how many are kept. */
-static int64_t tile_panel(const float *probs, int64_t length, int64_t first, float dropped_mass,
+static int64_t tile_panel(const float *probs, int64_t length, int64_t first, float dropped,
                           TileSums *sums, int32_t *order, uint8_t *cells, uint16_t *scales,
                           uint16_t *columns) {
   int64_t rows = length - first < ROWS ? length - first : ROWS, wide = (length + COLS - 1) / COLS;
-  float whole[ROWS] = {0}, left[ROWS] = {0}, grown[ROWS];
+  float whole[ROWS] = {0}, largest_of[ROWS] = {0}, left[ROWS] = {0}, grown[ROWS];
   int64_t seen = 0, kept = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const float *from = probs + (first + row) * length;
+    for (int64_t column = 0; column < length; ++column) {
+      whole[row] += from[column];
+      largest_of[row] = from[column] > largest_of[row] ? from[column] : largest_of[row];
+    }
+  }
   for (int64_t tile = 0; tile < wide; ++tile) {
     TileSums *own = sums + tile;
     int64_t start = tile * COLS, stop = start + COLS < length ? start + COLS : length;
@@ -57,8 +66,8 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
       }
       own->mass[row] = mass;
       own->largest[row] = largest;
-      own->worst = mass > own->worst ? mass : own->worst;
-      whole[row] += mass;
+      float share = mass / (whole[row] - largest_of[row] + LEAST);
+      own->worst = share > own->worst ? share : own->worst;
     }
     own->kept = own->worst > 0;
     if (!own->kept) continue;
@@ -70,7 +79,7 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
   float gone = 0;
   for (int64_t place = 0; place < seen; ++place) {
     gone += sums[order[place]].worst;
-    if (gone > dropped_mass) break;
+    if (gone > dropped) break;
     sums[order[place]].kept = 0;
   }
   for (int64_t tile = 0; tile < wide; ++tile)
@@ -83,12 +92,12 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
     uint8_t *to = cells + kept * ROWS * COLS;
     memset(to, 0, ROWS * COLS);
     for (int64_t row = 0; row < ROWS; ++row) {
-      float scale = row < rows ? rounded_up(sums[tile].largest[row] / 255) : 0;
+      float scale = row < rows ? rounded_up(sums[tile].largest[row] / (255 * 255)) : 0;
       scales[kept * ROWS + row] = nearest_bfloat16(scale * grown[row]);
       if (!(scale > 0)) continue;
       const float *from = probs + (first + row) * length;
       for (int64_t column = start; column < stop; ++column) {
-        float cell = from[column] / scale + 0.5f;
+        float cell = sqrtf(from[column] / scale) + 0.5f;
         to[row * COLS + column - start] = (uint8_t)(cell < 255 ? cell : 255);
       }
     }
@@ -98,7 +107,7 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
 }
 
 /* Tiles of a head, panel after panel; `counts` gets each panel's. Returns all, -1 without memory. */
-static int64_t tile_head(const float *probs, int64_t length, float dropped_mass, uint8_t *cells,
+static int64_t tile_head(const float *probs, int64_t length, float dropped, uint8_t *cells,
                          uint16_t *scales, uint16_t *columns, int64_t *counts) {
   int64_t wide = (length + COLS - 1) / COLS, panels = (length + ROWS - 1) / ROWS, total = 0;
   TileSums *sums = malloc(wide * sizeof *sums);
@@ -106,7 +115,7 @@ static int64_t tile_head(const float *probs, int64_t length, float dropped_mass,
   if (sums && order)
     for (int64_t panel = 0; panel < panels; ++panel) {
       counts[panel] =
-          tile_panel(probs, length, panel * ROWS, dropped_mass, sums, order,
+          tile_panel(probs, length, panel * ROWS, dropped, sums, order,
                      cells + total * ROWS * COLS, scales + total * ROWS, columns + total);
       total += counts[panel];
     }
@@ -129,9 +138,8 @@ typedef struct {
   const uint16_t *scales;
   const uint16_t *columns;
   const uint32_t *panels;
-  const uint16_t *values;
-  uint16_t *out;
-  int64_t width; /* columns of values, a multiple of 16 */
+  const uint16_t *values; /* interleaved */
+  int64_t width;          /* columns of values, a multiple of 16 */
 } Operands;
 
 /* Rows of one panel times 16 * lanes columns of the values, from column `first` on. */
@@ -150,6 +158,8 @@ TARGET static inline __attribute__((always_inline)) void panel_times_values(
           _mm512_set1_epi32((int)((uint32_t)with->scales[(size_t)tile * ROWS + row] << 16)));
       __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(packed)));
       __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(packed + 1)));
+      low = _mm512_mul_ps(low, low);
+      high = _mm512_mul_ps(high, high);
       _mm512_store_si512(probs[row], (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(scale, high),
                                                                   _mm512_mul_ps(scale, low)));
     }
@@ -186,32 +196,52 @@ TARGET static void head_times_values(const Operands *with, int64_t panel, uint16
   }
 }
 
-/* Rows 2 i and 2 i + 1 of `value`, number by number in turn; rows beyond `length` are zero. */
-TARGET static void interleave(const uint16_t *value, int64_t stride, int64_t length,
-                              int64_t width, int64_t padded, uint16_t *out) {
-  for (int64_t row = 0; row < padded; row += 2, out += 2 * width)
-    for (int64_t at = 0; at < width; at += 16) {
-      __m512i even = _mm512_setzero_si512(), odd = even;
-      if (row < length)
-        even = _mm512_cvtepu16_epi32(
-            _mm256_loadu_si256((const __m256i *)(value + row * stride + at)));
-      if (row + 1 < length)
-        odd = _mm512_cvtepu16_epi32(
-            _mm256_loadu_si256((const __m256i *)(value + (row + 1) * stride + at)));
-      _mm512_storeu_si512(out + 2 * at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
-    }
+/* Rows 2 i and 2 i + 1 of `value`, number by number in turn; rows from `length` on are zero. */
+TARGET static void interleave(const uint16_t *value, int64_t stride, int64_t length, int64_t width,
+                              int64_t row, uint16_t *out) {
+  for (int64_t at = 0; at < width; at += 16) {
+    __m512i even = _mm512_setzero_si512(), odd = even;
+    if (row < length)
+      even =
+          _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(value + row * stride + at)));
+    if (row + 1 < length)
+      odd = _mm512_cvtepu16_epi32(
+          _mm256_loadu_si256((const __m256i *)(value + (row + 1) * stride + at)));
+    _mm512_storeu_si512(out + 2 * at, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+  }
 }
 
-static void multiply(const Operands *with, int64_t heads, int64_t panels_per_head, int64_t length,
-                     int64_t head_stride, int64_t row_stride) {
-  int64_t used = (length + ROWS - 1) / ROWS;
-#pragma omp parallel for collapse(2) schedule(dynamic, 8) if (heads * length > 256)
-  for (int64_t head = 0; head < heads; ++head)
-    for (int64_t panel = 0; panel < used; ++panel) {
-      int64_t first = panel * ROWS, rows = length - first < ROWS ? length - first : ROWS;
-      head_times_values(with, head * panels_per_head + panel,
-                        with->out + head * head_stride + first * row_stride, row_stride, rows);
-    }
+/* Numbers, not bytes: `groups` KV groups of `heads` heads, of which the first `rows` rows are
+ * wanted, times values of `length` tokens and `width` columns. */
+typedef struct {
+  int64_t groups, heads, panels_per_head, rows, length, width;
+  int64_t value_group, value_row, out_group, out_head, out_row; /* strides */
+} Shape;
+
+/* `scratch` has room for the values of all groups, padded to whole tiles. */
+static void multiply(const Operands *of_map, const uint16_t *value, uint16_t *scratch,
+                     uint16_t *out, const Shape *shape) {
+  const int64_t pairs = (shape->length + COLS - 1) / COLS * (COLS / 2);
+  const int64_t panels = (shape->rows + ROWS - 1) / ROWS, all = shape->groups * shape->heads;
+#pragma omp parallel if (all * shape->rows > 512)
+  {
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t group = 0; group < shape->groups; ++group)
+      for (int64_t pair = 0; pair < pairs; ++pair)
+        interleave(value + group * shape->value_group, shape->value_row, shape->length,
+                   shape->width, 2 * pair, scratch + (group * pairs + pair) * 2 * shape->width);
+#pragma omp for collapse(2) schedule(dynamic, 8)
+    for (int64_t head = 0; head < all; ++head)
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const int64_t group = head / shape->heads, first = panel * ROWS;
+        Operands with = *of_map;
+        with.values = scratch + group * pairs * 2 * shape->width;
+        head_times_values(&with, head * shape->panels_per_head + panel,
+                          out + group * shape->out_group + head % shape->heads * shape->out_head +
+                              first * shape->out_row,
+                          shape->out_row, shape->rows - first < ROWS ? shape->rows - first : ROWS);
+      }
+  }
 }
 #else
 #define SUPPORTED 0
@@ -222,57 +252,45 @@ static PyObject *py_supported(PyObject *self, PyObject *unused) {
   return PyBool_FromLong(SUPPORTED);
 }
 
-PyDoc_STRVAR(interleave_doc,
-             "interleave(value, stride, length, width, padded, out): addresses and sizes of "
-             "bfloat16 [length, width] and [padded / 2, width, 2].");
-static PyObject *py_interleave(PyObject *self, PyObject *args) {
-  unsigned long long value, out;
-  long long stride, length, width, padded;
-  if (!PyArg_ParseTuple(args, "KLLLLK", &value, &stride, &length, &width, &padded, &out))
-    return NULL;
-#if defined(TARGET)
-  Py_BEGIN_ALLOW_THREADS;
-  interleave((const uint16_t *)(uintptr_t)value, stride, length, width, padded,
-             (uint16_t *)(uintptr_t)out);
-  Py_END_ALLOW_THREADS;
-#endif
-  Py_RETURN_NONE;
-}
-
 PyDoc_STRVAR(multiply_doc,
-             "multiply(cells, scales, columns, panels, values, out, width, heads, "
-             "panels_per_head, length, head_stride, row_stride): the product of the tiles of "
-             "some heads with the same interleaved values; addresses, and sizes in numbers.");
+             "multiply(cells, scales, columns, panels, value, scratch, out, groups, heads, "
+             "panels_per_head, rows, length, width, value_group, value_row, out_group, out_head, "
+             "out_row): the first rows of a map times values, for all of its groups. Addresses, "
+             "sizes, and strides in numbers.");
 static PyObject *py_multiply(PyObject *self, PyObject *args) {
-  unsigned long long cells, scales, columns, panels, values, out;
-  long long width, heads, panels_per_head, length, head_stride, row_stride;
-  if (!PyArg_ParseTuple(args, "KKKKKKLLLLLL", &cells, &scales, &columns, &panels, &values, &out,
-                        &width, &heads, &panels_per_head, &length, &head_stride, &row_stride))
+  unsigned long long cells, scales, columns, panels, value, scratch, out;
+  long long groups, heads, panels_per_head, rows, length, width;
+  long long value_group, value_row, out_group, out_head, out_row;
+  if (!PyArg_ParseTuple(args, "KKKKKKKLLLLLLLLLLL", &cells, &scales, &columns, &panels, &value,
+                        &scratch, &out, &groups, &heads, &panels_per_head, &rows, &length, &width,
+                        &value_group, &value_row, &out_group, &out_head, &out_row))
     return NULL;
 #if defined(TARGET)
-  Operands with = {(const uint8_t *)(uintptr_t)cells,    (const uint16_t *)(uintptr_t)scales,
-                   (const uint16_t *)(uintptr_t)columns, (const uint32_t *)(uintptr_t)panels,
-                   (const uint16_t *)(uintptr_t)values,  (uint16_t *)(uintptr_t)out,
-                   width};
+  Operands of_map = {(const uint8_t *)(uintptr_t)cells,    (const uint16_t *)(uintptr_t)scales,
+                     (const uint16_t *)(uintptr_t)columns, (const uint32_t *)(uintptr_t)panels,
+                     NULL,                                 width};
+  Shape shape = {groups,      heads,     panels_per_head, rows,     length, width,
+                 value_group, value_row, out_group,       out_head, out_row};
   Py_BEGIN_ALLOW_THREADS;
-  multiply(&with, heads, panels_per_head, length, head_stride, row_stride);
+  multiply(&of_map, (const uint16_t *)(uintptr_t)value, (uint16_t *)(uintptr_t)scratch,
+           (uint16_t *)(uintptr_t)out, &shape);
   Py_END_ALLOW_THREADS;
 #endif
   Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(tile_doc,
-             "tile(probs, length, dropped_mass, cells, scales, columns, counts) -> int: the tiles "
+             "tile(probs, length, dropped, cells, scales, columns, counts) -> int: the tiles "
              "of a head float32 [length, length], and how many; addresses of room for all.");
 static PyObject *py_tile(PyObject *self, PyObject *args) {
   unsigned long long probs, cells, scales, columns, counts;
   long long length, tiles;
-  float dropped_mass;
-  if (!PyArg_ParseTuple(args, "KLfKKKK", &probs, &length, &dropped_mass, &cells, &scales,
+  float dropped;
+  if (!PyArg_ParseTuple(args, "KLfKKKK", &probs, &length, &dropped, &cells, &scales,
                         &columns, &counts))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  tiles = tile_head((const float *)(uintptr_t)probs, length, dropped_mass,
+  tiles = tile_head((const float *)(uintptr_t)probs, length, dropped,
                     (uint8_t *)(uintptr_t)cells, (uint16_t *)(uintptr_t)scales,
                     (uint16_t *)(uintptr_t)columns, (int64_t *)(uintptr_t)counts);
   Py_END_ALLOW_THREADS;
@@ -281,7 +299,6 @@ static PyObject *py_tile(PyObject *self, PyObject *args) {
 
 static PyMethodDef methods[] = {
     {"supported", py_supported, METH_NOARGS, supported_doc},
-    {"interleave", py_interleave, METH_VARARGS, interleave_doc},
     {"multiply", py_multiply, METH_VARARGS, multiply_doc},
     {"tile", py_tile, METH_VARARGS, tile_doc},
     {NULL, NULL, 0, NULL},

@@ -1,27 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 def supported() -> bool: ...
-def interleave(
-    value: int, stride: int, length: int, width: int, padded: int, out: int, /
-) -> None: ...
 def multiply(
     cells: int,
     scales: int,
     columns: int,
     panels: int,
-    values: int,
+    value: int,
+    scratch: int,
     out: int,
-    width: int,
+    groups: int,
     heads: int,
     panels_per_head: int,
+    rows: int,
     length: int,
-    head_stride: int,
-    row_stride: int,
+    width: int,
+    value_group: int,
+    value_row: int,
+    out_group: int,
+    out_head: int,
+    out_row: int,
     /,
 ) -> None: ...
 def tile(
     probs: int,
     length: int,
-    dropped_mass: float,
+    dropped: float,
     cells: int,
     scales: int,
     columns: int,

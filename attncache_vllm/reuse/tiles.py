@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention maps in tiles of 8-bit numbers, as they are stored and as they are multiplied.
 
-A tile is 4 rows of a head by 32 columns. Each of its rows has a scale of its own, so that a few
-large probabilities (those of a text's first token, say) do not round away what the others sum up
-to. Tiles that hide everything from their rows are not there, nor are those that together hold next
-to nothing of them; what is left of a row is scaled to its old sum.
+A tile is 4 rows of a head by 32 columns. A cell is the square root of a probability, in 255ths of
+the largest root of its row in the tile: a row of attention has a few large probabilities, that of
+the text's first token above all, whose value is often near zero, and the many small ones make the
+answer. Tiles that hide everything from their rows are not there, nor are those that together hold
+next to nothing of what their rows have beside their largest probability; what is left of a row is
+scaled to its old sum.
 
-With ``e`` the mass that was dropped of a row, and rounding to 1/255 of a tile row's largest value
-``m``, the absolute error of a row's probabilities sums to at most ``2 e + sum(m) * 32 / 510``; the
-errors of rounding have both signs and mostly cancel in the product with V.
+With ``m`` the largest probability of a tile's row, the error of a probability ``p`` is at most
+``sqrt(p m) / 255 + m / 255**2 / 4`` from rounding, of both signs, and 1/128 of it from the scale.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +30,9 @@ except ImportError:  # not built: no compiler at installation
     _tiles = None  # type: ignore[assignment]
 
 ROWS, COLUMNS = 4, 32
-# Largest probability mass of a row that dropped tiles may hold.
-DROPPED_MASS = 0.005
+# Of what a row has beside its largest probability, the share that dropped tiles may hold.
+DROPPED = 0.005
+_LEAST = 1e-6
 # Values are multiplied in vectors of so many numbers.
 WIDTH_MULTIPLE = 16
 
@@ -67,7 +70,7 @@ class TiledMap:
         length: tokens of the sequence.
         groups: the KV heads whose query heads it holds, ascending.
         cells: `[T, 4, 32]` uint8.
-        scales: `[T, 4]` bfloat16; a probability is its cell times its row's scale.
+        scales: `[T, 4]` bfloat16; a probability is its cell's square times its row's scale.
         columns: `[T]` uint16, the first column of a tile in units of 32.
         panels: `[len(groups) * G * panels + 1]` uint32; the tiles of panel p, head after head, are
             those from `panels[p]` to `panels[p + 1]`.
@@ -121,7 +124,7 @@ class TiledMap:
         counts = self.panels.to(torch.int64).diff()
         panel = torch.repeat_interleave(torch.arange(len(counts)), counts)
         tiles = torch.zeros(heads * panels, wide, ROWS, COLUMNS)
-        probs = self.cells.float() * self.scales.float()[..., None]
+        probs = self.cells.float().square() * self.scales.float()[..., None]
         tiles[panel, self.columns.to(torch.int64)] = probs
         dense = tiles.view(heads, panels, wide, ROWS, COLUMNS).transpose(2, 3)
         dense = dense.reshape(heads, panels * ROWS, wide * COLUMNS)
@@ -135,29 +138,41 @@ class TiledMap:
         groups, length, width = value.shape
         assert _tiles is not None and multiplies(value.device, value.dtype, width)
         assert value.stride(2) == out.stride(3) == 1
-        panels, group = panels_of(self.length), self.layout.group
-        padded = -(-self.length // COLUMNS) * COLUMNS
-        pairs = torch.empty(padded // 2, width, 2, dtype=torch.bfloat16)
-        for number in range(groups):
-            own = value[number]
-            _tiles.interleave(
-                own.data_ptr(), own.stride(0), length, width, padded, pairs.data_ptr()
-            )
-            target = out[number]
-            _tiles.multiply(
-                self.cells.data_ptr(),
-                self.scales.data_ptr(),
-                self.columns.data_ptr(),
-                self.panels.data_ptr() + 4 * number * group * panels,
-                pairs.data_ptr(),
-                target.data_ptr(),
-                width,
-                group,
-                panels,
-                rows,
-                target.stride(0),
-                target.stride(1),
-            )
+        # Of a causal map no row that is wanted sees a tile beyond the values' last.
+        padded = -(-length // COLUMNS) * COLUMNS
+        scratch = _scratch(groups * padded * width)
+        _tiles.multiply(
+            self.cells.data_ptr(),
+            self.scales.data_ptr(),
+            self.columns.data_ptr(),
+            self.panels.data_ptr(),
+            value.data_ptr(),
+            scratch.data_ptr(),
+            out.data_ptr(),
+            groups,
+            self.layout.group,
+            panels_of(self.length),
+            rows,
+            length,
+            width,
+            value.stride(0),
+            value.stride(1),
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+        )
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> Tensor:
+    """Room for so many bfloat16 numbers, one for each thread: fresh memory costs a page fault for
+    every 4 KiB."""
+    held: Tensor | None = getattr(_local, "scratch", None)
+    if held is None or len(held) < size:
+        held = _local.scratch = torch.empty(size, dtype=torch.bfloat16)
+    return held
 
 
 def tiled(blocks: RowBlocks) -> TiledMap:
@@ -167,21 +182,17 @@ def tiled(blocks: RowBlocks) -> TiledMap:
     return TiledMap(blocks.layout, blocks.length, blocks.groups, *parts, blocks.lse)
 
 
-def tile(
-    probs: Tensor, dropped_mass: float = DROPPED_MASS
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tile(probs: Tensor, dropped: float = DROPPED) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cells, scales, columns and panels (see `TiledMap`) of probabilities `[H, N, N]` float32."""
     tile_head = _tile_head if _tiles is None else _tile_head_natively
-    parts = [tile_head(head, dropped_mass) for head in probs]
+    parts = [tile_head(head, dropped) for head in probs]
     counts = torch.cat([counts for *_, counts in parts])
     panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     cells, scales, columns = (torch.cat([part[n] for part in parts]) for n in range(3))
     return cells, scales, columns, panels.to(torch.uint32)
 
 
-def _tile_head_natively(
-    probs: Tensor, dropped_mass: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tile_head_natively(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert _tiles is not None
     probs = probs.contiguous()
     length = len(probs)
@@ -193,7 +204,7 @@ def _tile_head_natively(
     found = _tiles.tile(
         probs.data_ptr(),
         length,
-        dropped_mass,
+        dropped,
         cells.data_ptr(),
         scales.data_ptr(),
         columns.data_ptr(),
@@ -202,7 +213,7 @@ def _tile_head_natively(
     return cells[:found], scales[:found], columns[:found], counts
 
 
-def _tile_head(probs: Tensor, dropped_mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tile_head(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length = len(probs)
     panels, wide = panels_of(length), -(-length // COLUMNS)
     padded = torch.zeros(panels * ROWS, wide * COLUMNS)
@@ -210,18 +221,20 @@ def _tile_head(probs: Tensor, dropped_mass: float) -> tuple[Tensor, Tensor, Tens
     tiles = padded.view(panels, ROWS, wide, COLUMNS).transpose(1, 2)
     mass = tiles.sum(-1)  # [panels, wide, 4]
     # The smallest tiles of a panel, as long as no row loses more than it may.
-    worst = mass.amax(-1)
+    beside = mass.sum(1) - tiles.amax((1, 3)) + _LEAST  # [panels, 4]
+    worst = (mass / beside[:, None]).amax(-1)
     ordered, order = worst.sort(-1)
     kept = torch.empty_like(worst, dtype=torch.bool)
-    kept.scatter_(1, order, ordered.cumsum(-1) > dropped_mass)
+    kept.scatter_(1, order, ordered.cumsum(-1) > dropped)
     whole = mass.sum(1)  # [panels, 4]
     left = (mass * kept[..., None]).sum(1)
     grown = torch.where(left > 0, whole / left.clamp_min(1e-30), 1.0)
     largest = tiles.amax(-1)
     # Rounded up, so that the largest cell is at most 255.
-    bits = (largest / 255).view(torch.int32)
+    bits = (largest / 255**2).view(torch.int32)
     scales = (((bits + 0xFFFF) >> 16) << 16).view(torch.float32)
-    cells = (tiles / scales.clamp_min(1e-38)[..., None]).round().clamp(0, 255).to(torch.uint8)
+    roots = (tiles / scales.clamp_min(1e-38)[..., None]).sqrt()
+    cells = roots.round().clamp(0, 255).to(torch.uint8)
     kept_scales = (scales * grown[:, None])[kept].to(torch.bfloat16)
     columns = torch.arange(wide).expand(panels, wide)[kept].to(torch.uint16)
     return cells[kept], kept_scales, columns, kept.sum(-1)

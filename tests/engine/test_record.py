@@ -29,11 +29,12 @@ from attention_samples import (
 from store_samples import NAMESPACE
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from attncache_vllm.config import CodecName, RecordSettings
+from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import ops, record
 from attncache_vllm.engine.modules import find_attention_modules
 from attncache_vllm.engine.record import Recorder, RecorderExtension, RecordModule, RecordScores
 from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.names import CodecName
 from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import pool_tokens

@@ -177,8 +177,11 @@ def test_only_the_heads_of_the_groups_held_are_written(
     out = torch.full((length, heads[0] * HEAD_SIZE), 7.0, dtype=torch.bfloat16)
     apply_map(part, value, out)
     for kv_head, written in enumerate(out.view(length, heads[1], -1).unbind(1)):
-        expected = whole[:, kv_head] if kv_head in groups else torch.tensor(7.0).bfloat16()
-        assert torch.equal(written, expected.expand_as(written))
+        if kv_head in groups:
+            # Products of more or fewer groups may be summed in another order.
+            torch.testing.assert_close(written, whole[:, kv_head], rtol=2**-7, atol=2**-9)
+        else:
+            assert (written == 7.0).all()
     dense = part.to_dense().view(heads[1], layout.group, length, length)
     for kv_head, seen in enumerate(probs.view_as(dense).bfloat16()):
         assert torch.equal(dense[kv_head], seen if kv_head in groups else torch.zeros_like(seen))

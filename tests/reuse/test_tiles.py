@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from map_samples import product
 from torch import Tensor
 
-from attncache_vllm.config import CodecName
+from attncache_vllm.names import CodecName
 from attncache_vllm.reuse import tiles
 from attncache_vllm.reuse.apply import RowBlocks, apply_map
 from attncache_vllm.reuse.codec import encode_map
@@ -18,7 +18,7 @@ from attncache_vllm.reuse.codecs import CODECS, DEFAULT_CODEC, decode_blocks, se
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.tiles import (
     COLUMNS,
-    DROPPED_MASS,
+    DROPPED,
     ROWS,
     TiledMap,
     decode_tiles,
@@ -60,10 +60,12 @@ def test_what_is_kept_is_within_the_stated_bound(mask: Mask, length: int, seed: 
     # Whole panels of 4 rows see what one of them sees.
     assert not dense[:, ~visible].any()
     padded = torch.nn.functional.pad(probs, (0, -length % COLUMNS))
-    largest = padded.unflatten(-1, (-1, COLUMNS)).amax(-1).sum(-1)
-    error = (dense - probs).abs().sum(-1)
-    bound = 2 * DROPPED_MASS + largest * COLUMNS / 510 * 1.02 + 2**-8
-    assert (error <= bound).all()
+    of_tiles = padded.unflatten(-1, (-1, COLUMNS))
+    largest = of_tiles.amax(-1, keepdim=True)
+    rounding = (of_tiles * largest).sqrt() / 255 + largest / 255**2 / 4
+    beside = probs.sum(-1) - probs.amax(-1)
+    bound = 1.01 * rounding.sum((-1, -2)) + 2 * DROPPED * beside + probs.sum(-1) / 128
+    assert ((dense - probs).abs().sum(-1) <= bound).all()
     torch.testing.assert_close(dense.sum(-1), probs.sum(-1), atol=0.02, rtol=0)
     assert found.nbytes < 2 * probs.numel() or length < 64
 
@@ -72,13 +74,14 @@ def test_what_is_kept_is_within_the_stated_bound(mask: Mask, length: int, seed: 
 @settings(max_examples=30, deadline=None)
 def test_small_tiles_are_dropped_and_rows_scaled_up(length: int, seed: int) -> None:
     layout, probs = sample(Mask(), length, seed)
-    cells, scales, columns, panels = tiles.tile(probs, dropped_mass=0.1)
-    every = tiles.tile(probs, dropped_mass=0.0)
+    cells, scales, columns, panels = tiles.tile(probs, dropped=0.1)
+    every = tiles.tile(probs, dropped=0.0)
     assert len(columns) <= len(every[2])
     zeros = torch.zeros(layout.num_heads, length)
     few = TiledMap(layout, length, (0, 1), cells, scales, columns, panels, zeros)._held()
     present = few > 0
-    assert (probs * ~present).sum(-1).max() <= 0.1 + 0.02  # what is rounded to 0, too
+    gone = (probs * ~present).sum(-1)  # what is rounded to 0, too
+    assert (gone <= 0.1 * (1 - probs.amax(-1)) + 1e-3).all()
     torch.testing.assert_close(few.sum(-1), probs.sum(-1), atol=0.02, rtol=0)
 
 
@@ -95,6 +98,18 @@ def test_compiled_or_not_the_tiles_are_the_same(
         assert torch.equal(counts, expected[3]) and torch.equal(columns, expected[2])
         torch.testing.assert_close(scales.float(), expected[1].float(), atol=0, rtol=2**-7)
         assert (cells.int() - expected[0].int()).abs().max() <= 1
+
+
+def test_what_the_first_token_leaves_over_is_kept_though_it_be_little() -> None:
+    """Its value is often near zero: then the others' few percent are the whole answer."""
+    layout, probs = sample(Mask(), 300, 4)
+    probs[:, 1:] *= 0.03 / (1 - probs[:, 1:, :1])
+    probs[:, 1:, 0] = 0.97
+    value = torch.randn(300, 2, 16, generator=torch.Generator().manual_seed(0))
+    value[0] = 0
+    exact = product(probs, value)
+    error = product(tiled(layout, probs)._held(), value) - exact
+    assert error.norm() < 0.02 * exact.norm()
 
 
 def test_log_sum_exps_and_groups_are_those_that_were_encoded() -> None:
