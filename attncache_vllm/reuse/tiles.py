@@ -33,6 +33,8 @@ ROWS, COLUMNS = 4, 32
 # Of what a row has beside its largest probability, the share that dropped tiles may hold.
 DROPPED = 0.005
 _LEAST = 1e-6
+# That of a probability of 1, rounded up, in a row that was scaled up for what was dropped of it.
+_LARGEST_SCALE = 1.02 / 255**2
 # Values are multiplied in vectors of so many numbers.
 WIDTH_MULTIPLE = 16
 
@@ -306,12 +308,16 @@ def decode_tiles(
         return torch.cat([part[span] for span in picked])
 
     own_columns = of(columns.view(torch.uint16)[:tiles])
-    if len(own_columns) and int(own_columns.to(torch.int32).max()) * COLUMNS >= length:
-        raise ValueError(_damaged(layout, length, "a tile beyond the last column"))
-    own_scales = of(scales.view(torch.bfloat16).view(-1, ROWS))
-    if not bool(((own_scales >= 0) & (own_scales <= 1)).all()):
-        raise ValueError(_damaged(layout, length, "a scale that is not in [0, 1]"))
     counts = panels.diff().view(layout.num_kv_heads, own)[list(groups)].flatten()
+    # The product reads no further than the values go: what a causal row cannot see is not there.
+    last_row = torch.arange(panels_of(length)) * ROWS + ROWS - 1
+    seen = last_row.clamp(max=length - 1) if layout.mask.causal else last_row * 0 + length - 1
+    last_column = seen.repeat(len(groups) * layout.group).repeat_interleave(counts)
+    if (own_columns.to(torch.int64) * COLUMNS > last_column).any():
+        raise ValueError(_damaged(layout, length, "a tile that its rows cannot see"))
+    own_scales = of(scales.view(torch.bfloat16).view(-1, ROWS))
+    if not bool(((own_scales >= 0) & (own_scales <= _LARGEST_SCALE)).all()):
+        raise ValueError(_damaged(layout, length, "a scale of more than probabilities"))
     own_panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     own_lse = lse.view(torch.float32).view(layout.num_kv_heads, -1)[list(groups)]
     return TiledMap(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -195,7 +197,19 @@ def test_damaged_bytes_are_refused_or_harmless(data: st.DataObject) -> None:
     assert int(found.panels[-1]) == len(found.cells) == len(found.scales) == len(found.columns)
     assert (found.panels.to(torch.int64).diff() >= 0).all()
     dense = found._held()
-    assert dense.isfinite().all() and dense.min() >= 0 and dense.max() <= 255
+    assert dense.isfinite().all() and dense.min() >= 0 and dense.max() <= 1.02
+    assert not dense.triu(ROWS + COLUMNS).any(), "the product reads no value past the text's end"
+
+
+def test_a_tile_that_its_rows_cannot_see_is_refused() -> None:
+    """Served to a shorter text, it would be multiplied with what lies behind the values."""
+    layout, probs = sample(Mask(), 100, 0)
+    later = probs.clone()
+    later[0, 2, 90] = 0.5
+    payload = encode_tiles(later, torch.zeros(4, 100), Mask(causal=False))
+    assert decode_tiles(payload, MapLayout(4, 2, Mask(causal=False)), 100).length == 100
+    with pytest.raises(ValueError, match="a tile that its rows cannot see"):
+        decode_tiles(payload, layout, 100)
 
 
 @pytest.mark.parametrize("size", [0, 1, 100])
@@ -239,7 +253,7 @@ def test_every_codec_gives_back_its_maps(name: str) -> None:
 
 
 def test_codecs_are_those_that_a_setting_may_name() -> None:
-    assert set(CodecName.__args__) == set(CODECS)  # type: ignore[attr-defined]
+    assert set(get_args(CodecName)) == set(CODECS)
     assert DEFAULT_CODEC in CODECS
     with pytest.raises(ValueError, match="codec must be one of"):
         decode_blocks("zip", torch.zeros(1), MapLayout(1, 1, Mask()), 1)
