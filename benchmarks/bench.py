@@ -137,8 +137,9 @@ def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) ->
         order = columns[number % len(columns) :] + columns[: number % len(columns)]
         for column in order:
             name, batches, hits = asked[column]
-            if column in ("hit", "mixed"):
-                engines["reuse"].ask(hit)  # whatever came before, the maps are in memory
+            # Off the clock: no engine comes to its turn colder than another. Hits have their maps
+            # in memory then, and `cold` forgets them again.
+            engines[name].ask(hit if column in ("hit", "mixed") else batches[0])
             replies = [engines[name].ask(batch, cold=column == "cold") for batch in batches]
             if (found := sum(reply.hits for reply in replies)) != hits:
                 raise RuntimeError(

@@ -41,7 +41,7 @@ USERS_OF_VLLM = {"calibrate/build.py", "calibrate/model.py", "doctor.py", "serve
 # A calibration runs in the engine's process and says what its layers serve. Only what gives them
 # that knows the engine room; what is measured, compared and chosen does not.
 DRIVERS_OF_THE_ENGINE = {
-    *("calibrate/model.py", "calibrate/template.py"),
+    *("calibrate/hits.py", "calibrate/model.py", "calibrate/template.py"),
     *("calibrate/aligned.py", "calibrate/neighbour.py"),
 }
 

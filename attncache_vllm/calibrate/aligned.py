@@ -34,14 +34,14 @@ from attncache_vllm.calibrate.choose import (
 from attncache_vllm.calibrate.corpus import how_many
 from attncache_vllm.calibrate.edits import Tokens, edit
 from attncache_vllm.calibrate.fidelity import Fidelity
+from attncache_vllm.calibrate.hits import hits_by_text
 from attncache_vllm.calibrate.measure import Measured
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
-from attncache_vllm.engine.step import Hit, Served
-from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.engine.step import Served
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.align import Alignment, align
 from attncache_vllm.reuse.apply import RowBlocks
@@ -88,16 +88,11 @@ class Copies:
 
     def hits(self, groups: Groups) -> HitOf:
         """Serve the layers of ``groups``."""
-        found = {
-            tokens.tobytes(): {layer: Served("aligned", maps[layer], alignment) for layer in groups}
-            for tokens, alignment, maps in zip(self.texts, self.alignments, self.maps, strict=True)
-        }
-
-        def hit_of(row: Row) -> Hit | None:
-            assert row.token_ids is not None
-            return Hit("aligned", found[row.token_ids.tobytes()])
-
-        return hit_of
+        served = [
+            {layer: Served("aligned", maps[layer], alignment) for layer in groups}
+            for alignment, maps in zip(self.alignments, self.maps, strict=True)
+        ]
+        return hits_by_text("aligned", self.texts, served)
 
 
 class AlignedChooser:

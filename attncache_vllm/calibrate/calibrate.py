@@ -36,8 +36,10 @@ from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import Manifest
 
 TRIALS_NAME = "calibration.json"
-# Fewer texts say too little about ranks; more than the second cost time and change nothing.
+# Fewer texts say too little about ranks.
 MIN_TEXTS = 24
+# What is measured and averaged is bounded by the time it takes, which goes with the tokens, and
+# measured texts by their number as well: ranks of their pairs need no more, however short they are.
 MAX_FIT_TOKENS = 75_000
 MAX_CHOOSE_TOKENS = 24_576
 MAX_CHECK_TOKENS = 32_768

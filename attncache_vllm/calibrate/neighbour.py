@@ -37,14 +37,14 @@ from attncache_vllm.calibrate.choose import (
 from attncache_vllm.calibrate.corpus import how_many
 from attncache_vllm.calibrate.edits import Tokens
 from attncache_vllm.calibrate.fidelity import Fidelity, compare
+from attncache_vllm.calibrate.hits import hits_by_text
 from attncache_vllm.calibrate.measure import Measured
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
-from attncache_vllm.engine.step import Hit, Served
-from attncache_vllm.engine.step import Sequence as Row
+from attncache_vllm.engine.step import Served
 from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.match import Match, nearest
@@ -85,16 +85,10 @@ class Near:
 
     def hits(self, groups: Groups) -> HitOf:
         """Serve the layers of ``groups``."""
-        found = {
-            tokens.tobytes(): {layer: Served("neighbour", maps[layer]) for layer in groups}
-            for tokens, maps in zip(self.texts, self.maps, strict=True)
-        }
-
-        def hit_of(row: Row) -> Hit | None:
-            assert row.token_ids is not None
-            return Hit("neighbour", found[row.token_ids.tobytes()])
-
-        return hit_of
+        served = [
+            {layer: Served("neighbour", maps[layer]) for layer in groups} for maps in self.maps
+        ]
+        return hits_by_text("neighbour", self.texts, served)
 
 
 class NeighbourChooser:
