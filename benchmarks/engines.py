@@ -156,22 +156,20 @@ def _serving(llm: Any) -> Any:
 def _serve_no_maps() -> None:
     """Have the layers that reuse maps answer from V rows alone, as plain code that is compiled with
     the rest of the model, and look nothing up."""
-    import torch.nn.functional as F
     from torch import Tensor
 
     from attncache_vllm.engine import ops
-    from attncache_vllm.engine.layer import ValueProjection
+    from attncache_vllm.engine.answers import ValueProjection
     from attncache_vllm.engine.modules import AttentionModule
 
     def replace_forward(found: AttentionModule, treatment: object) -> None:
         projection, output, inputs = ValueProjection(found), found.output_proj, found.inputs
-        weight, bias, group = projection.weight, projection.bias, found.layout.group
-        shape = (found.attention.num_kv_heads, 1, found.attention.head_size)
+        group = found.layout.group
         assert inputs is not None and output is not None
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden: Tensor = inputs.given(args, kwargs)[inputs.hidden]
-            value = F.linear(hidden, weight, bias).view(-1, *shape)
+            value = projection(hidden).unsqueeze(2)
             return output(value.expand(-1, -1, group, -1).flatten(1))[0]
 
         found.module.forward = forward

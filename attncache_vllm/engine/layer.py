@@ -2,19 +2,20 @@
 """One attention layer with reuse: hits by ``map . V``, misses by vLLM itself.
 
 There are two places to step in. Around the module a hit skips the projection to queries and keys as
-well; inside, in place of the backend's attention, it skips QK^T and softmax only, which works for
-any module, for a part of the heads and a part of the rows, and leaves the KV cache as vLLM would.
+well, for the heads that maps serve; inside, in place of the backend's attention, it skips QK^T and
+softmax only, which works for any module and for a part of the rows, and leaves the KV cache as vLLM
+would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from attncache_vllm.engine import compat
+from attncache_vllm.engine.answers import Answer, MapAnswer, PartialAnswer, ValueProjection
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.reuse.apply import AttentionMap, apply_aligned, apply_map
 from attncache_vllm.reuse.correct import Correction
@@ -51,109 +52,56 @@ class ExactModule:
         return output
 
 
-class ValueProjection:
-    """The V rows of the projection to queries, keys and values: ``[T, hidden] -> [T, KV, d]``.
-
-    The rows are copied, because CPU linear layers repack and drop the original weight.
-    """
-
-    def __init__(self, found: AttentionModule) -> None:
-        attention, qkv_proj = found.attention, found.qkv_proj
-        assert qkv_proj is not None
-        self._heads, self._head_size = attention.num_kv_heads, attention.head_size
-        rows = self._heads * self._head_size
-        self.weight = qkv_proj.weight.data[-rows:].clone()
-        self.bias = None if qkv_proj.bias is None else qkv_proj.bias.data[-rows:].clone()
-
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        value = F.linear(hidden_states, self.weight, self.bias)
-        return value.view(-1, self._heads, self._head_size)
-
-
-class OutputProjection:
-    """From the heads ``[T, H * d]`` to the module's answer ``[T, hidden]``, after a correction if
-    the source has one: folded into the weight where that is a plain matrix."""
-
-    def __init__(
-        self, found: AttentionModule, corrections: dict[Source, Correction] | None = None
-    ) -> None:
-        self._module = found.output_proj
-        self._corrections = corrections or {}
-        self._folded: dict[Source, tuple[torch.Tensor, torch.Tensor]] = {}
-        if self._module is not None and found.folds_into_output:
-            weight, bias = self._module.weight.data, self._module.bias
-            self._folded = {
-                source: correction.folded(weight, None if bias is None else bias.data)
-                for source, correction in self._corrections.items()
-            }
-
-    def __call__(
-        self, heads: torch.Tensor, value: torch.Tensor, source: Source | None = None
-    ) -> torch.Tensor:
-        """``value`` are the tokens' own values ``[T, KV, d]``."""
-        if source is not None and source in self._folded:
-            return F.linear(torch.cat([heads, value.flatten(1)], 1), *self._folded[source])
-        if source is not None and source in self._corrections:
-            self._corrections[source].apply_(heads, value)
-        if self._module is None:
-            return heads
-        output: torch.Tensor = self._module(heads)[0]
-        return output
-
-
-class MapAnswer:
-    """A module's answer from whole maps: V rows, ``map . V``, output projection if it has one."""
-
-    def __init__(
-        self, found: AttentionModule, corrections: dict[Source, Correction] | None = None
-    ) -> None:
-        self._value = ValueProjection(found)
-        self._output = OutputProjection(found, corrections)
-        self._heads_size = found.attention.num_heads * found.attention.head_size
-
-    def __call__(
-        self,
-        maps: list[tuple[AttentionMap, int, int]],
-        hidden_states: torch.Tensor,
-        source: Source | None = None,
-    ) -> torch.Tensor:
-        """Answer ``[T, hidden]`` for ``hidden_states`` ``[T, hidden]``; each map serves the tokens
-        from its start to its stop, and together they serve all."""
-        value = self._value(hidden_states)
-        heads = torch.empty(len(value), self._heads_size, dtype=value.dtype, device=value.device)
-        for blocks, start, stop in maps:
-            apply_map(blocks, value[start:stop], heads[start:stop])
-        return self._output(heads, value, source)
-
-
 class ReuseModule:
     """Stands around an attention module.
 
     A hit whose maps are those of all heads costs its V rows, ``map . V`` and the output projection;
     no q, no k, no rotary embedding, no KV write, no QK^T and no softmax (AttnCache,
-    arXiv 2510.25979, section 3). Everything else goes through the module's own forward, so norms
-    and rotary embedding stay the model's, and on to the :class:`ReuseScores` inside.
+    arXiv 2510.25979, section 3). With maps of some heads, the others pay all that for themselves.
+    Everything else goes through the module's own forward, so norms and rotary embedding stay the
+    model's, and on to the :class:`ReuseScores` inside.
     """
 
     def __init__(
-        self, found: AttentionModule, steps: Steps, corrections: dict[Source, Correction]
+        self,
+        found: AttentionModule,
+        steps: Steps,
+        corrections: Mapping[Source, Correction],
+        groups: Mapping[Source, tuple[int, ...]],
     ) -> None:
+        """``groups`` are the KV groups that the maps of a source serve, of sources whose maps lie
+        over a sequence as they are."""
         self._index = found.index
         self._name = found.name
         self._exact = ExactModule(found)
-        self._answer = MapAnswer(found, corrections)
+        value = ValueProjection(found)
+        self._answers: dict[Source, Answer] = {}
+        for source, served in groups.items():
+            correction = corrections.get(source)
+            if len(served) == found.attention.num_kv_heads:
+                self._answers[source] = MapAnswer(found, value, correction)
+            elif found.soft_cap is None:
+                self._answers[source] = PartialAnswer(found, served, correction)
         self._steps = steps
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         step = self._steps.current()
         served = step.served(self._index) if step is not None else {}
-        whole = {row: item for row, item in served.items() if item.whole}
-        if step is None or not whole:
+        around = {
+            row: item
+            for row, item in served.items()
+            if self._serves(item, hidden_states, positions)
+        }
+        if step is None or not around:
             return self._exact(hidden_states, positions)
-        split = step.split(compat.layer_metadata(self._name), tuple(whole))
+        split = step.split(compat.layer_metadata(self._name), tuple(around))
         output: torch.Tensor | None = None
-        for source, tokens, spans in _by_source(split, whole):
-            reused = self._answer(_packed(spans, whole), hidden_states[tokens], source)
+        for source, tokens, spans in _by_source(split, around):
+            reused = self._answers[source](
+                _packed(spans, around),
+                hidden_states[tokens],
+                positions[tokens] if positions is not None else None,
+            )
             if len(reused) == len(hidden_states):
                 return reused
             output = torch.zeros_like(hidden_states) if output is None else output
@@ -166,6 +114,18 @@ class ReuseModule:
                     hidden_states[tokens], positions[tokens] if positions is not None else None
                 )
         return output
+
+    def _serves(
+        self, item: Served, hidden_states: torch.Tensor, positions: torch.Tensor | None
+    ) -> bool:
+        """Whether the sequence is answered here: else it is served inside."""
+        answer = self._answers.get(item.source)
+        return (
+            answer is not None
+            and item.alignment is None
+            and item.maps.groups == answer.groups
+            and answer.fits(hidden_states, positions)
+        )
 
 
 class ReuseScores:

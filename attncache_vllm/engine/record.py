@@ -12,7 +12,8 @@ import torch
 
 from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import compat
-from attncache_vllm.engine.layer import ExactModule, MapAnswer
+from attncache_vllm.engine.answers import MapAnswer, ValueProjection
+from attncache_vllm.engine.layer import ExactModule
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
@@ -190,7 +191,7 @@ class RecordModule:
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
         self._exact = ExactModule(found)
         self._found = found
-        self._answer = MapAnswer(found)
+        self._answer = MapAnswer(found, ValueProjection(found))
         self._recorder = recorder
         self._checked = False
 
@@ -199,7 +200,7 @@ class RecordModule:
         length = self._recorder.length
         if length and not self._checked:
             kept = self._recorder.kept(self._found, output)
-            own = self._answer([(kept, 0, length)], hidden_states[:length])
+            own = self._answer([(kept, 0, length)], hidden_states[:length], None)
             self._recorder.check_parity(self._found.index, own, output[:length])
             self._checked = True
         return output

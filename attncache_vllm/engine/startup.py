@@ -191,14 +191,13 @@ def _hook(
     from attncache_vllm.engine import ops
 
     found.attention.attncache_scores = ReuseScores(found, serving, corrections)
-    every = tuple(range(found.layout.num_kv_heads))
-    whole = [
-        source
+    groups: dict[Source, tuple[int, ...]] = {
+        source: part.groups[found.index]
         for source, part in plan.sources.items()
-        if source in ("neighbour", "template") and part.groups[found.index] == every
-    ]
-    if reach.skips == "module" and whole:
-        ops.replace_forward(found, ReuseModule(found, serving, corrections))
+        if source in ("neighbour", "template") and part.groups[found.index]
+    }
+    if reach.skips == "module" and groups:
+        ops.replace_forward(found, ReuseModule(found, serving, corrections, groups))
 
 
 def _check_groups(plan: Plan, layouts: Mapping[int, MapLayout]) -> None:

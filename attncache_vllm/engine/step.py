@@ -54,11 +54,6 @@ class Served:
         return len(self.maps.groups) == self.maps.layout.num_kv_heads
 
     @property
-    def whole(self) -> bool:
-        """Whether no head and no row of the layer needs a query."""
-        return self.all_heads and self.alignment is None
-
-    @property
     def heads(self) -> list[int]:
         """The query heads that are served."""
         size = self.maps.layout.group

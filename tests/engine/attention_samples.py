@@ -104,8 +104,10 @@ class LlamaAttention(nn.Module):
     def __init__(self, shape: Shape, name: str) -> None:
         super().__init__()
         self.shape = shape
-        heads = shape.heads + 2 * shape.kv_heads
-        self.add_module(self.qkv_name, QKV(shape.hidden, heads * shape.head_size, shape.dtype))
+        self.num_heads, self.num_kv_heads = shape.heads, shape.kv_heads
+        self.q_size, self.kv_size = (n * shape.head_size for n in (shape.heads, shape.kv_heads))
+        height = self.q_size + 2 * self.kv_size
+        self.add_module(self.qkv_name, QKV(shape.hidden, height, shape.dtype))
         if shape.output_proj:
             width = shape.heads * shape.head_size
             self.add_module(self.output_name, Output(width, shape.hidden, shape.dtype))
@@ -119,9 +121,9 @@ class LlamaAttention(nn.Module):
         self, hidden_states: Tensor, positions: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values ``[T, H or KV, d]``."""
-        shape = self.shape
-        qkv = self.qkv(hidden_states)[0].view(len(hidden_states), -1, shape.head_size)
-        query, key, value = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        qkv = self.qkv(hidden_states)[0]
+        parts = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key, value = (part.unflatten(1, (-1, self.shape.head_size)) for part in parts)
         if positions is not None:
             query, key = rotated(query, positions), rotated(key, positions)
         return 3 * query, key, value

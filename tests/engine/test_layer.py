@@ -34,12 +34,8 @@ from batches import slot
 from torch import Tensor
 
 from attncache_vllm.engine import ops
-from attncache_vllm.engine.layer import (
-    OutputProjection,
-    ReuseModule,
-    ReuseScores,
-    ValueProjection,
-)
+from attncache_vllm.engine.answers import OutputProjection, ValueProjection
+from attncache_vllm.engine.layer import ReuseModule, ReuseScores
 from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
 from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step
 from attncache_vllm.reuse.align import align
@@ -96,12 +92,22 @@ def found_in(module: Any) -> AttentionModule:
     return found
 
 
-def treated(module: Any, treatment: str, corrections: Corrections | None = None) -> Steps:
+Groups = dict[Source, tuple[int, ...]]
+
+
+def treated(
+    module: Any,
+    treatment: str,
+    corrections: Corrections | None = None,
+    groups: Groups | None = None,
+) -> Steps:
     """Put the treatment in its place, as at start: always inside, if wanted around as well."""
     found, steps = found_in(module), Steps()
     found.attention.attncache_scores = ReuseScores(found, steps, corrections or {})
+    every = tuple(range(module.shape.kv_heads))
+    groups = {"neighbour": every, "template": every, **(groups or {})}
     if treatment == "module":
-        ops.replace_forward(found, ReuseModule(found, steps, corrections or {}))
+        ops.replace_forward(found, ReuseModule(found, steps, corrections or {}, groups))
     return steps
 
 
@@ -408,16 +414,59 @@ def test_heads_without_a_map_are_computed_beside_those_with_one(
     item = Served("template", own_map(module, other, PARTS[family]))
     expected = reference(module, rows, item)
     assert difference(expected, exact) > 10 * TOLERANCE
-    steps = treated(module, treatment)
-    steps.step = step_with([whole(rows)], {0: item})
-    forget(module)
-    assert difference(run(module, [whole(rows)]), expected) <= TOLERANCE
-    # Queries and keys are needed for the others, so that nothing of the module is skipped.
-    assert module.qkv.tokens_computed == 65
-    assert [call.tokens for call in module.attn.impl.calls] == [65]
+    steps = treated(module, treatment, groups={"template": PARTS[family]})
+    for _ in range(2):  # around the module, the first step also tries whether that can be
+        steps.step = step_with([whole(rows)], {0: item})
+        forget(module)
+        assert difference(run(module, [whole(rows)]), expected) <= TOLERANCE
+    # Around the module, the others' queries and keys are computed apart. Inside, nothing of the
+    # module is skipped.
+    inside = treatment == "scores"
+    assert module.qkv.tokens_computed == (65 if inside else 0)
+    assert [call.tokens for call in module.attn.impl.calls] == ([65] if inside else [])
     assert module.attn.impl.slots_written == (
-        [slot(0, i) for i in range(65)] if module.shape.causal else []
+        [slot(0, i) for i in range(65)] if inside and module.shape.causal else []
     )
+
+
+class AllHeadsTogether(LlamaAttention):
+    """Queries depend on those of all heads: what a part of them would be cannot be computed."""
+
+    def heads(
+        self, hidden_states: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = super().heads(hidden_states, positions)
+        return query / query.norm(dim=(1, 2), keepdim=True) * 30, key, value
+
+
+class SizesOfItsOwn(LlamaAttention):
+    """Splits queries, keys and values at sizes that are known to its forward only."""
+
+    def heads(
+        self, hidden_states: Tensor, positions: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        size = self.shape.head_size
+        self.q_size, self.kv_size = self.shape.heads * size, self.shape.kv_heads * size
+        return super().heads(hidden_states, positions)
+
+
+@pytest.mark.parametrize("kind", [AllHeadsTogether, SizesOfItsOwn])
+def test_a_module_whose_heads_cannot_be_parted_is_served_inside(
+    kind: type[LlamaAttention], caplog: pytest.LogCaptureFixture
+) -> None:
+    module = make_module(kind)
+    rows, other = text(1, 65, module.shape), text(2, 65, module.shape)
+    item = Served("template", own_map(module, other, (1,)))
+    expected = reference(module, rows, item)
+    steps = treated(module, "module", groups={"template": (1,)})
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            steps.step = step_with([whole(rows)], {0: item})
+            forget(module)
+            assert difference(run(module, [whole(rows)]), expected) <= TOLERANCE
+    assert [call.tokens for call in module.attn.impl.calls] == [65]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "layer 1 computes all heads where maps serve a part" in message
 
 
 @pytest.mark.parametrize("family", NO_WINDOW)
@@ -503,17 +552,16 @@ def test_a_folded_projection_answers_as_correction_and_projection_do(
     projections = []
     for quant_method in (module.o_proj.quant_method, object()):
         module.o_proj.quant_method = quant_method
-        projections.append(OutputProjection(found_in(module), {"template": correction}))
+        projections.append(OutputProjection(found_in(module), correction))
     folded, applied = projections
     heads = text(5, 70, replace(module.shape, hidden=6 * 16))
     value = text(6, 70, replace(module.shape, hidden=2 * 16)).view(70, 2, 16)
     assert module.o_proj.tokens_computed == 0
-    answer = folded(heads.clone(), value, "template")
+    answer = folded(heads.clone(), value)
     assert module.o_proj.tokens_computed == 0  # one product in all
-    assert difference(answer, applied(heads.clone(), value, "template")) <= tolerance
-    for projection in projections:
-        exact = projection(heads.clone(), value, "neighbour")
-        assert difference(exact, module.o_proj(heads)[0]) == 0
+    assert difference(answer, applied(heads.clone(), value)) <= tolerance
+    exact = OutputProjection(found_in(module))(heads.clone(), value)
+    assert difference(exact, module.o_proj(heads)[0]) == 0
 
 
 @each_treatment
@@ -522,7 +570,7 @@ def test_a_part_that_is_served_is_corrected_from_all_heads_and_values(treatment:
     rows, other = text(1, 65), text(2, 65)
     item = Served("template", own_map(module, other, (1,)))
     correction = correction_of(module, item.heads)
-    steps = treated(module, treatment, {"template": correction})
+    steps = treated(module, treatment, {"template": correction}, {"template": (1,)})
     steps.step = step_with([whole(rows)], {0: item})
     expected = reference(module, rows, item, correction)
     assert difference(expected, reference(module, rows, item)) > 10 * TOLERANCE
@@ -575,15 +623,25 @@ def test_all_sources_and_misses_of_a_step_answer_as_each_alone(
         for i, (tokens, _) in enumerate(drawn)
     ]
 
-    steps = treated(module, treatment, corrections)
-    steps.step = step_with(rows, dict(items), canaries)
-    forget(module)
-    together = run(module, rows)
+    every = tuple(range(module.shape.kv_heads))
+    groups: Groups = {"neighbour": every, "template": (0,)}
+    steps = treated(module, treatment, corrections, groups)
+    for _ in range(2):  # the first step also tries whether heads can be parted
+        steps.step = step_with(rows, dict(items), canaries)
+        steps.compared.clear()
+        forget(module)
+        together = run(module, rows)
     for index, (answer, own) in enumerate(zip(together.split(lengths), expected, strict=True)):
         assert difference(answer, own) <= TOLERANCE, (index, hits.get(index))
 
-    around = [i for i, item in hits.items() if item.whole and treatment == "module"]
-    complete = [i for i, item in hits.items() if item.all_heads]
+    around = [
+        i
+        for i, item in hits.items()
+        if treatment == "module"
+        and item.alignment is None
+        and item.maps.groups == groups[item.source]
+    ]
+    complete = {i for i, item in hits.items() if item.all_heads} | {*around}
     kernel = sum(length for i, length in enumerate(lengths) if i not in complete)
     assert [call.tokens for call in module.attn.impl.calls] == ([kernel] if kernel else [])
     written = [slot(i, p) for i, n in enumerate(lengths) if i not in around for p in range(n)]

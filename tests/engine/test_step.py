@@ -272,15 +272,9 @@ def test_rows_count_once_for_each_kv_group_that_takes_them_from_a_map() -> None:
     assert Served("aligned", make_maps(0, 2), alignment).rows_reused(7) == 2 * 6
 
 
-def test_a_layer_is_served_whole_if_no_head_and_no_row_of_it_needs_a_query() -> None:
-    ids = np.arange(4, dtype=np.int32)
-    alignment = align(ids, ids)
-
+def test_what_serves_a_layer_knows_its_heads() -> None:
     whole, part = Served("template", make_maps()), Served("template", make_maps(0, 2))
-    assert (whole.all_heads, whole.whole) == (True, True)
-    assert (part.all_heads, part.whole) == (False, False)
-    aligned = Served("aligned", make_maps(), alignment)
-    assert (aligned.all_heads, aligned.whole) == (True, False)
+    assert (whole.all_heads, part.all_heads) == (True, False)
     assert (whole.heads, part.heads) == ([0, 1, 2, 3, 4, 5], [0, 1, 4, 5])
 
 
