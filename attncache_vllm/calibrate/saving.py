@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What serving a map saves, as a share of the multiplications of all attention modules.
 
-A KV group that is served needs neither its queries nor its scores. Keys are left out where every
-group of a layer is served: the projection to them is one. The products with V and the output
-projection stay.
+A KV group that is served needs neither its queries and keys nor its scores. The products with V and
+the output projection stay.
 """
 
 from __future__ import annotations
@@ -48,11 +47,8 @@ class SavingModel:
         layout = self.layouts[layer]
         saved = self._scores(layout)
         if self.around:
-            saved += self._projection(layout.num_heads)
-        saved *= groups / layout.num_kv_heads
-        if self.around and groups == layout.num_kv_heads:
-            saved += self._projection(layout.num_kv_heads)
-        return saved
+            saved += self._projection(layout.num_heads + layout.num_kv_heads)
+        return saved * groups / layout.num_kv_heads
 
     def _layer(self, layout: MapLayout) -> float:
         # Queries, keys, values and the output, and two products with the map.

@@ -93,6 +93,7 @@ class Lookups:
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
         )
+        _keep_to_one_thread(self._thread)
         self._running: Future[list[Hit | None]] | None = None
 
     @property
@@ -297,6 +298,20 @@ def _nearest_hit(maps: Maps, length: int) -> Hit | None:
         if blocks.layout.mask.causal or blocks.length == length
     }
     return Hit("neighbour", served) if served else None
+
+
+def _keep_to_one_thread(pool: ThreadPoolExecutor) -> None:
+    """Have torch start no helpers of the pool's thread.
+
+    They would be as many again as those that compute the model, on the same cores, and each spins
+    for milliseconds after its work is done.
+    """
+    threads = torch.get_num_threads()
+    # Asked first, a thread takes the number of threads to come; what it sets after that is its own
+    # and that of threads to come.
+    pool.submit(torch.get_num_threads).result()
+    pool.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)
 
 
 def _leave_compute_core() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -742,3 +742,32 @@ def test_a_slow_store_gets_no_second_lookup_until_it_has_answered(
     assert_maps_of(slow.result(timeout=60)[0], 1)
     assert_maps_of(look_up(lookups, [20])[0], 1)
     assert len(store.asked) == 2
+
+
+class CountingStore(FakeStore):
+    """Writes down how many threads torch would use for what a lookup computes."""
+
+    def lookup(self, *args: Any, **kwargs: Any) -> list[list[Neighbour]]:
+        self.threads = torch.get_num_threads()
+        return super().lookup(*args, **kwargs)
+
+
+@pytest.fixture
+def many_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield 3
+    torch.set_num_threads(before)
+
+
+def test_a_lookup_computes_with_a_thread_of_its_own_and_leaves_the_others_theirs(
+    many_threads: int,
+) -> None:
+    store = CountingStore([[]])
+    lookups = make_lookups(store)
+    look_up(lookups, [20])
+    assert store.threads == 1
+    assert torch.get_num_threads() == many_threads
+    with ThreadPoolExecutor(1) as another:
+        assert another.submit(torch.get_num_threads).result() == many_threads
+    lookups._thread.shutdown()
