@@ -481,6 +481,12 @@ def copy_of(
     return made
 
 
+def set_num_threads(count: int) -> None:
+    """torch's function, which vLLM's CPU worker replaces by one that does nothing: its threads are
+    bound to cores. Not for the thread that computes the model."""
+    torch._C.set_num_threads(count)
+
+
 def get_logger(name: str) -> logging.Logger:
     """A logger under vLLM's own, so that its level and format apply in every process."""
     return logging.getLogger("vllm." + name)

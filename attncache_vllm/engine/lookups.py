@@ -306,12 +306,11 @@ def _keep_to_one_thread(pool: ThreadPoolExecutor) -> None:
     They would be as many again as those that compute the model, on the same cores, and each spins
     for milliseconds after its work is done.
     """
-    threads = torch.get_num_threads()
-    # Asked first, a thread takes the number of threads to come; what it sets after that is its own
-    # and that of threads to come.
-    pool.submit(torch.get_num_threads).result()
-    pool.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(threads)
+    threads = pool.submit(torch.get_num_threads).result()
+    pool.submit(compat.set_num_threads, 1).result()
+    # What a thread sets is its own number, and that of threads to come.
+    with ThreadPoolExecutor(1) as another:
+        another.submit(compat.set_num_threads, threads).result()
 
 
 def _leave_compute_core() -> None:
