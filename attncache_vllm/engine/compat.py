@@ -481,9 +481,17 @@ def copy_of(
     return made
 
 
+# --- Seam 9: the number of torch's threads ------------------------------------------------------
+# Why:      a thread beside the forward must have no helpers on the model's cores, and vLLM's CPU
+#           worker replaces torch.set_num_threads by a function that does nothing, because the
+#           threads that compute the model are bound to cores.
+# How:      the function that was replaced, from the module that torch takes it from.
+# Upstream: vllm/v1/worker/cpu_worker.py, CPUWorker.init_device, skip_set_num_threads
+# When:     when vLLM's guard spares threads that it did not bind.
+
+
 def set_num_threads(count: int) -> None:
-    """torch's function, which vLLM's CPU worker replaces by one that does nothing: its threads are
-    bound to cores. Not for the thread that computes the model."""
+    """Of the calling thread, and of threads to come. Not for the one that computes the model."""
     torch._C.set_num_threads(count)
 
 

@@ -74,11 +74,12 @@ class ReuseModule:
         self._index = found.index
         self._name = found.name
         self._exact = ExactModule(found)
-        value = ValueProjection(found)
         self._answers: dict[Source, Answer] = {}
+        value: ValueProjection | None = None  # one for all sources
         for source, served in groups.items():
             correction = corrections.get(source)
             if len(served) == found.attention.num_kv_heads:
+                value = value or ValueProjection(found)
                 self._answers[source] = MapAnswer(found, value, correction)
             elif found.soft_cap is None:
                 self._answers[source] = PartialAnswer(found, served, correction)
