@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from transformers import AutoTokenizer
 
@@ -39,12 +38,17 @@ from benchmarks.corpus import news
 from benchmarks.engines import Engine, Prompts, Reply, engine
 from benchmarks.server import MEAN_EMBEDDINGS, group
 
-LENGTHS = (128, 512, 1024, 2048)
-FULL_LENGTHS = (*LENGTHS, 4096)
+LENGTHS = (128, 512, 2048)
+FULL_LENGTHS = (128, 512, 1024, 2048, 4096)
+# Every length and batch size is given about so long; a round of long ones takes its own time.
+SECONDS, FULL_SECONDS = 40.0, 300.0
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 31
 # Just wide enough for the rounding of a feature that was computed in another batch.
 OWN_MAPS = 0.02
 # Tokens of a batch of many, and most sequences of it.
-MANY_TOKENS, MANY = 4096, 8
+MANY_TOKENS, MANY = 2048, 8
+# Wakes the cores before an engine's turn, so that none comes to it colder than another.
+WARM_UP_TOKENS = 64
 console = Console()
 
 
@@ -58,9 +62,9 @@ class Texts:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--lengths", help="tokens, with commas [default: 128,512,1024,2048]")
-    parser.add_argument("--full", action="store_true", help="4096 tokens, too, and more rounds")
-    parser.add_argument("--rounds", type=int, help="[default: 9, or 31]")
+    parser.add_argument("--lengths", help="tokens, with commas [default: 128,512,2048]")
+    parser.add_argument("--full", action="store_true", help="1024 and 4096 tokens, more rounds")
+    parser.add_argument("--rounds", type=int, help="[default: as many as the time allows]")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     lengths: tuple[int, ...] = FULL_LENGTHS if options.full else LENGTHS
@@ -69,13 +73,14 @@ def main() -> None:
     # Ended politely or not, the context managers of the engines end them.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(lengths, options.rounds or (31 if options.full else 9), options.out)
+        seconds = FULL_SECONDS if options.full else SECONDS
+        run(lengths, options.rounds, seconds, options.out)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
 
 
-def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
+def run(lengths: Sequence[int], rounds: int | None, seconds: float, folder: Path) -> None:
     started = time.monotonic()
     model, store = ensure("smollm2"), folder / "store"
     shutil.rmtree(folder, ignore_errors=True)
@@ -86,15 +91,21 @@ def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
     with ExitStack() as stack:
         engines = {
             name: stack.enter_context(
-                engine(name, model, max(lengths), folder / f"{name}.log", bench_settings(store))
+                engine(
+                    name,
+                    model,
+                    max(MANY_TOKENS, *lengths),
+                    folder / f"{name}.log",
+                    bench_settings(store),
+                )
             )
             for name in ("standard", "reuse", "floor")
         }
         for length in lengths:
-            measured[str(length)] = {
-                **measure(engines, texts[length], 1, rounds),
-                "many": measure(engines, texts[length], min(MANY, MANY_TOKENS // length), rounds),
-            }
+            measured[str(length)] = measure(engines, texts[length], 1, rounds, seconds)
+            if (many := min(MANY, MANY_TOKENS // length)) > 1:
+                figures = measure(engines, texts[length], many, rounds, seconds)
+                measured[str(length)]["many"] = figures
         peaks = {
             name: round(live.ask(texts[lengths[0]].unseen[:1]).peak_mib)
             for name, live in engines.items()
@@ -102,7 +113,6 @@ def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
     report = {
         "lengths": measured,
         "peak_mib": peaks,
-        "rounds": rounds,
         "machine": machine(),
         "store": store_figures(store),
         "seconds": round(time.monotonic() - started, 1),
@@ -113,15 +123,20 @@ def run(lengths: Sequence[int], rounds: int, folder: Path) -> None:
     console.print(f"written to {folder / 'report.json'} and {folder / 'bench.png'}")
 
 
-def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) -> dict[str, Any]:
-    """Figures of batches of ``size``; each round asks every engine once for every column."""
+def measure(
+    engines: dict[str, Engine], texts: Texts, size: int, rounds: int | None, budget: float
+) -> dict[str, Any]:
+    """Figures of batches of ``size``; each round asks every engine once for every column. Without
+    ``rounds`` there are as many as ``budget`` seconds allow."""
     stored, unseen = texts.stored, texts.unseen
+    warm_up = [unseen[0][:WARM_UP_TOKENS]]
     columns = ["standard", "floor", "hit", "cold", "miss", "mixed"]
     seconds: dict[str, list[float]] = {column: [] for column in columns}
     worst, answers = 0.0, {}
     label = f"{len(stored[0])} tokens, batches of {size}"
-    # The first round warms up.
-    for number in track(range(-1, rounds), description=label, console=console):
+    number, last = -1, 0  # the first round warms up
+    started = time.monotonic()
+    while number <= last:
         hit, miss = _batch(stored, number, size), _batch(unseen, number, size)
         half = size // 2
         # Who is asked what, and how many hits that must be.
@@ -137,9 +152,8 @@ def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) ->
         order = columns[number % len(columns) :] + columns[: number % len(columns)]
         for column in order:
             name, batches, hits = asked[column]
-            # Off the clock: no engine comes to its turn colder than another. Hits have their maps
-            # in memory then, and `cold` forgets them again.
-            engines[name].ask(hit if column in ("hit", "mixed") else batches[0])
+            # Off the clock. Hits have their maps in memory then, and `cold` forgets them again.
+            engines[name].ask(hit if column in ("hit", "mixed") else warm_up)
             replies = [engines[name].ask(batch, cold=column == "cold") for batch in batches]
             if (found := sum(reply.hits for reply in replies)) != hits:
                 raise RuntimeError(
@@ -152,6 +166,11 @@ def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) ->
                 total = sum(reply.seconds for reply in replies)
                 seconds[column].append(total / sum(map(len, batches)))
         worst = max(worst, _error(answers["hit"], answers["standard"]))
+        if number < 0:
+            allowed = round(budget / (time.monotonic() - started)) - 1
+            last = (rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, allowed))) - 1
+            console.print(f"{label}: {last + 1} rounds")
+        number += 1
     tokens = len(stored[0])
     return {
         **{f"{column}_ms": _ms(seconds[column], 50) for column in columns},
@@ -169,6 +188,7 @@ def measure(engines: dict[str, Engine], texts: Texts, size: int, rounds: int) ->
         ],
         "hit_over_floor": _ratios(seconds["floor"], seconds["hit"]),
         "batch": size,
+        "rounds": last + 1,
         "worst_error": round(worst, 5),
     }
 
@@ -286,7 +306,7 @@ def show(report: dict[str, Any]) -> None:
     for header in ("hit speed-up", "miss overhead", "of the floor"):
         table.add_column(header)
     for length, alone in report["lengths"].items():
-        for row in (alone, alone["many"]):
+        for row in (alone, *([alone["many"]] if "many" in alone else [])):
             table.add_row(
                 length,
                 str(row["batch"]),

@@ -258,7 +258,7 @@ def _tokenizer(asset: str) -> Any:
 
 
 NEWS_ARTICLES = 3781  # different ones in the corpus
-NEWS_FULL = Sizes(record=160, choose=200, measure=200)
+NEWS_FULL = Sizes(record=160, choose=400, measure=200)
 NEWS_QUICK = Sizes(record=12, choose=32, measure=24)
 MMLU_SUBJECTS = 20
 MMLU_TOKENS = (256, 768)

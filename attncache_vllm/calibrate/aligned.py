@@ -44,9 +44,9 @@ from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import Served
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.align import Alignment, align
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.match import AlignedGate
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.store.local import LocalStore

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from attncache_vllm.calibrate.edits import Tokens
+from attncache_vllm.calibrate.memory import keep_freed_memory
 from attncache_vllm.errors import AttnCacheError, SettingsError
 from attncache_vllm.serve_options import engine_args
 
 # The texts that corrections are fitted on run in one step of at most so many tokens and sequences.
-STEP_TOKENS = 24576
+STEP_TOKENS = 32768
 STEP_SEQUENCES = 2048
 KV_CACHE_BYTES = 4 * 2**30
 
@@ -52,6 +53,7 @@ class CalibratedModel:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         # No front end beside it needs a core of its own.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        keep_freed_memory()
         from vllm import LLM
 
         from attncache_vllm.engine import calibrate

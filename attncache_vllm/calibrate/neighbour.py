@@ -45,8 +45,8 @@ from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import Served
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import Projector
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.match import Match, nearest
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.store.local import LocalStore

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attncache_vllm.calibrate.fidelity import spearman
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.maps import RowBlocks
 
 MIN_ENTRIES = 8
 _BATCH_PAIRS = 512

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.modules import AttentionModule
-from attncache_vllm.reuse.apply import AttentionMap, apply_map
+from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.correct import Correction
+from attncache_vllm.reuse.maps import AttentionMap
 
 logger = compat.get_logger(__name__)
 

@@ -18,7 +18,7 @@ from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step, prompts_of
 from attncache_vllm.errors import AttnCacheError
 from attncache_vllm.reuse.apply import exact_map
-from attncache_vllm.reuse.correct import Correction, fit_correction
+from attncache_vllm.reuse.correct import Correction, FitSums
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.plan import Source
@@ -202,12 +202,16 @@ class Calibrator:
             part = held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
             part[sequence.start : sequence.start + sequence.length] = True
 
-        def fit(rows: torch.Tensor) -> Correction:
-            return fit_correction(
-                reused[rows], value[rows], exact[rows], tuple(heads), output.shape[-1], RIDGE
-            ).to(reused.device, reused.dtype)
+        def sums_of(rows: torch.Tensor) -> FitSums:
+            return FitSums.of(
+                reused[rows], value[rows], exact[rows], tuple(heads), output.shape[-1]
+            )
 
-        correction = fit(fitted)
+        def solve(sums: FitSums) -> Correction:
+            return sums.solve(RIDGE).to(reused.device, reused.dtype)
+
+        sums = sums_of(fitted)
+        correction = solve(sums)
         columns = correction.columns()
         before = relative_error(reused[held_out][:, columns], exact[held_out][:, columns])
         corrected = reused[held_out].clone()
@@ -217,7 +221,7 @@ class Calibrator:
         if after < before:
             # It helps texts that it does not know: then it may know them all.
             served = fitted | held_out
-            correction = fit(served)
+            correction = solve(sums + sums_of(held_out))
             self.corrections[layer][source] = correction
             corrected = reused[served]
             correction.apply_(corrected, value[served])

@@ -17,8 +17,9 @@ import torch
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.answers import Answer, MapAnswer, PartialAnswer, ValueProjection
 from attncache_vllm.engine.modules import AttentionModule
-from attncache_vllm.reuse.apply import AttentionMap, apply_aligned, apply_map
+from attncache_vllm.reuse.apply import apply_aligned, apply_map
 from attncache_vllm.reuse.correct import Correction
+from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.plan import Source
 
 if TYPE_CHECKING:

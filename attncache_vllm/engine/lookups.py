@@ -18,10 +18,10 @@ from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.step import Hit, Sequence, Served
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment, align
-from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
 from attncache_vllm.reuse.codecs import CODECS
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
 from attncache_vllm.reuse.match import (
     MIN_REUSED,
     AlignedGate,

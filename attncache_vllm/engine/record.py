@@ -17,10 +17,11 @@ from attncache_vllm.engine.layer import ExactModule
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import AttentionMap, apply_map, exact_map
+from attncache_vllm.reuse.apply import apply_map, exact_map
 from attncache_vllm.reuse.codecs import CODECS, servable
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import Record, token_hash

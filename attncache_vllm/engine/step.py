@@ -17,7 +17,7 @@ import torch
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.errors import StoreTimeout
 from attncache_vllm.reuse.align import Alignment
-from attncache_vllm.reuse.apply import AttentionMap
+from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from attncache_vllm.reuse.apply import AttentionMap
 from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store.local import LocalStore

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import RowBlock, RowBlocks, block_bounds, kv_index
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlock, RowBlocks, block_bounds, kv_index
 
 CODEC = "visible-bf16-lse"
 _LSE_BYTES, _CELL_BYTES = 4, 2

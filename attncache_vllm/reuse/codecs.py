@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
 from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
 from attncache_vllm.reuse.tiles import TiledMap, decode_tiles, encode_tiles, multiplies, tiled
 
 

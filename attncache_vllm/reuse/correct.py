@@ -71,60 +71,80 @@ class Correction:
         return Correction(self.heads, self.weight.to(device, dtype), self.bias.to(device, dtype))
 
 
-def fit_correction(
-    reused: Tensor,
-    value: Tensor,
-    exact: Tensor,
-    heads: tuple[int, ...],
-    head_size: int,
-    ridge: float,
-) -> Correction:
-    """The ridge regression from reused outputs and own values to what the reused heads lack.
+@dataclass(frozen=True, eq=False)
+class FitSums:
+    """What a correction is fitted from, summed over tokens; the sums of other tokens add to it.
 
-    Minimises ``sum_t |w_t (y_t - x_t - C^T [x_t, v_t] - c)|^2 + lambda |C|^2`` over the reused
-    heads, with ``w_t = 1 / |y_t|``: every token counts alike, where a few huge rows (the first
-    token's) would otherwise decide the fit. ``lambda`` is ``ridge`` times the mean diagonal of the
+    The fit minimises ``sum_t |w_t (y_t - x_t - C^T [x_t, v_t] - c)|^2 + lambda |C|^2`` over the
+    reused heads, with ``w_t = 1 / |y_t|``: every token counts alike, where a few huge rows (the
+    first token's) would otherwise decide. ``lambda`` is ``ridge`` times the mean diagonal of the
     weighted ``[X, V]^T [X, V]``, so that ``ridge`` has no unit.
 
-    Args:
-        reused: ``[T, H * d]``, x, outputs of all heads with reused maps.
-        value: ``[T, KV, d]``, v, the tokens' own values.
-        exact: ``[T, H * d]``, y, the outputs that the same tokens have in the exact model.
+    Attributes:
         heads: query heads whose maps were reused.
-        head_size: d.
-        ridge: how strongly the correction is held small, above 0.
-
-    Raises:
-        ValueError: the shapes disagree, there are no heads, or ``ridge`` is not above 0.
+        gram: ``[n + 1, n + 1]`` float32, of the ``n = H * d + KV * d`` weighted inputs and a one.
+        moment: ``[n + 1, len(heads) * d]`` float32, of those and what the reused heads lack.
     """
-    if (
-        reused.shape != exact.shape
-        or reused.ndim != 2
-        or not len(reused)
-        or value.ndim != 3
-        or len(value) != len(reused)
-    ):
-        raise ValueError(
-            "a correction is fitted on [T, H * d], [T, KV, d] and [T, H * d] of the same tokens, "
-            f"got {tuple(reused.shape)!r}, {tuple(value.shape)!r} and {tuple(exact.shape)!r}"
-        )
-    if not heads or not ridge > 0:
-        raise ValueError(
-            f"a correction needs at least one head and a ridge above 0, got {heads!r}, {ridge!r}"
-        )
-    x, y = reused.float(), exact.float()
-    weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
-    x_and_v = torch.cat([x, value.float().flatten(1)], 1)
-    size = x_and_v.shape[1]
-    columns = (torch.tensor(heads)[:, None] * head_size + torch.arange(head_size)).flatten()
-    lacking = (y - x)[:, columns] * weight
-    given = torch.cat([x_and_v, torch.ones_like(weight)], 1) * weight
-    gram = given.T @ given
-    held = ridge * gram.diagonal()[:size].mean()
-    gram.diagonal()[:size] += held
-    gram[size, size] += 1e-6 * gram[size, size]  # the bias is free, but the matrix stays regular
-    solution = torch.linalg.solve(gram.double(), (given.T @ lacking).double()).float()
-    return Correction(tuple(heads), solution[:size].contiguous(), solution[size].contiguous())
+
+    heads: tuple[int, ...]
+    gram: Tensor
+    moment: Tensor
+
+    @classmethod
+    def of(
+        cls, reused: Tensor, value: Tensor, exact: Tensor, heads: tuple[int, ...], head_size: int
+    ) -> FitSums:
+        """Sum over some tokens.
+
+        Args:
+            reused: ``[T, H * d]``, x, outputs of all heads with reused maps.
+            value: ``[T, KV, d]``, v, the tokens' own values.
+            exact: ``[T, H * d]``, y, the outputs that the same tokens have in the exact model.
+            heads: query heads whose maps were reused.
+            head_size: d.
+
+        Raises:
+            ValueError: the shapes disagree, or there are no tokens or no heads.
+        """
+        if (
+            reused.shape != exact.shape
+            or reused.ndim != 2
+            or not len(reused)
+            or value.ndim != 3
+            or len(value) != len(reused)
+            or not heads
+        ):
+            raise ValueError(
+                "a correction is fitted on [T, H * d], [T, KV, d] and [T, H * d] of the same "
+                f"tokens for at least one head, got {tuple(reused.shape)!r}, "
+                f"{tuple(value.shape)!r} and {tuple(exact.shape)!r} for {heads!r}"
+            )
+        x, y = reused.float(), exact.float()
+        weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        columns = (torch.tensor(heads)[:, None] * head_size + torch.arange(head_size)).flatten()
+        lacking = (y - x)[:, columns] * weight
+        given = torch.cat([x, value.float().flatten(1), torch.ones_like(weight)], 1) * weight
+        return cls(tuple(heads), given.T @ given, given.T @ lacking)
+
+    def __add__(self, other: FitSums) -> FitSums:
+        return FitSums(self.heads, self.gram + other.gram, self.moment + other.moment)
+
+    def solve(self, ridge: float) -> Correction:
+        """The correction, held small by ``ridge``.
+
+        Raises:
+            ValueError: ``ridge`` is not above 0.
+        """
+        if not ridge > 0:
+            raise ValueError(f"a correction needs a ridge above 0, got {ridge!r}")
+        gram, size = self.gram.double(), len(self.gram) - 1
+        inputs = gram.diagonal()[:size]
+        inputs += ridge * inputs.mean()
+        gram[size, size] += (
+            1e-6 * gram[size, size]
+        )  # the bias is free, but the matrix stays regular
+        solution = torch.linalg.solve(gram, self.moment.double()).float()
+        return Correction(self.heads, solution[:size].contiguous(), solution[size].contiguous())
 
 
 Corrections = dict[tuple[Source, int], Correction]

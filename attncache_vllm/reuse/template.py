@@ -22,9 +22,9 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import AttentionMap, RowBlocks
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout
+from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
 
 # A mean of fewer maps is the map of these texts rather than that of the corpus.
 MIN_TEXTS = 4

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import RowBlock, RowBlocks, block_bounds, kv_index
 from attncache_vllm.reuse.codec import check_groups, check_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlock, RowBlocks, block_bounds, kv_index
 
 try:
     import attncache_vllm.reuse._tiles as _tiles

@@ -127,7 +127,7 @@ def test_a_curve_ends_where_it_does_not_come_back() -> None:
     # A dip is passed, what is hopeless is the last that is shown.
     assert [size_of(item) for item, _ in curve] == [3, 6, 8, 10, 11, 12]
     ranks = [point["rank_fidelity"] for point in points(curve)]
-    assert ranks == [0.99, 0.894, 0.95, 0.91, 0.91, 0.878]
+    assert ranks == [0.99, 0.897, 0.95, 0.91, 0.91, 0.884]
 
 
 @given(st.integers(0, 40))

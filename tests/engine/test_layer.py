@@ -39,9 +39,10 @@ from attncache_vllm.engine.layer import ReuseModule, ReuseScores
 from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
 from attncache_vllm.engine.step import Decision, Hit, Sequence, Served, Step
 from attncache_vllm.reuse.align import align
-from attncache_vllm.reuse.apply import RowBlocks, apply_aligned, exact_map
+from attncache_vllm.reuse.apply import apply_aligned, exact_map
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.correct import Correction
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.plan import Source
 
 LAYER = 1

@@ -26,9 +26,9 @@ from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import Hit, Served, Step
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.template import Templates
 

@@ -31,8 +31,8 @@ from attncache_vllm.engine.step import (
 )
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.reuse.align import align
-from attncache_vllm.reuse.apply import RowBlocks
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.plan import Source
 
 # -- which prompts a step holds ----------------------------------------------------------------

@@ -18,9 +18,10 @@ from map_samples import product, reference_scores
 from torch import Tensor
 
 from attncache_vllm.reuse.align import Alignment, align
-from attncache_vllm.reuse.apply import RowBlock, RowBlocks, apply_aligned, apply_map, exact_map
+from attncache_vllm.reuse.apply import apply_aligned, apply_map, exact_map
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlock, RowBlocks
 
 CAUSAL, BIDIRECTIONAL = Mask(), Mask(causal=False)
 HEAD_SIZE = 16

@@ -21,14 +21,10 @@ from map_samples import (
 )
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import (
-    RowBlocks,
-    apply_map,
-    block_bounds,
-    exact_map,
-)
+from attncache_vllm.reuse.apply import apply_map, exact_map
 from attncache_vllm.reuse.codec import decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks, block_bounds
 
 HEADS = {"grouped": (6, 2), "multi-query": (4, 1), "plain": (3, 3)}
 HEAD_SIZE = 16

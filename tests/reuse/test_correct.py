@@ -11,9 +11,9 @@ from torch import Tensor
 from attncache_vllm.reuse.correct import (
     Correction,
     Corrections,
+    FitSums,
     corrections_from_bytes,
     corrections_to_bytes,
-    fit_correction,
 )
 
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 3
@@ -24,6 +24,17 @@ SERVED = (1, 3)
 # The outputs of heads 1 and 3 among those of all heads.
 COLUMNS = [3, 4, 5, 9, 10, 11]
 TINY_RIDGE = 1e-7
+
+
+def fit_correction(
+    reused: Tensor,
+    value: Tensor,
+    exact: Tensor,
+    heads: tuple[int, ...],
+    head_size: int,
+    ridge: float,
+) -> Correction:
+    return FitSums.of(reused, value, exact, heads, head_size).solve(ridge)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -106,6 +117,19 @@ def test_a_planted_relation_is_recovered() -> None:
     torch.testing.assert_close(found.weight, truth.weight, rtol=0, atol=1e-3)
     torch.testing.assert_close(found.bias, truth.bias, rtol=0, atol=1e-3)
     assert (corrected(reused, value, found) - exact).norm() / exact.norm() < 1e-3
+
+
+def test_sums_of_parts_fit_what_those_of_the_whole_do() -> None:
+    reused, value, exact, _ = planted(90, noise=0.3)
+    parts = [
+        FitSums.of(reused[part], value[part], exact[part], SERVED, HEAD_SIZE)
+        for part in (slice(30), slice(30, 90))
+    ]
+    found = (parts[0] + parts[1]).solve(0.1)
+    whole = fit_correction(reused, value, exact, SERVED, HEAD_SIZE, 0.1)
+    torch.testing.assert_close(found.weight, whole.weight, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found.bias, whole.bias, rtol=1e-3, atol=1e-5)
+    assert not torch.allclose(parts[0].solve(0.1).weight, whole.weight, rtol=1e-2)
 
 
 def test_what_only_own_values_tell_is_taken_back() -> None:

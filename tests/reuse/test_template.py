@@ -10,9 +10,10 @@ from map_samples import product, visible
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from attncache_vllm.reuse.apply import RowBlocks, apply_map
+from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.codec import encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.template import MIN_TEXTS, Templates, TemplateSums, bucket_of, resize
 
 LAYER = 2

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from attncache_vllm.names import CodecName
 from attncache_vllm.reuse import tiles
-from attncache_vllm.reuse.apply import RowBlocks, apply_map
+from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.codec import encode_map
 from attncache_vllm.reuse.codecs import CODECS, DEFAULT_CODEC, decode_blocks, servable
 from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.tiles import (
     COLUMNS,
     DROPPED,

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The seams between the plugin and vLLM: every patch and every internal the plugin leans on.
+
+Each seam says Why it exists, How it is made, where the Upstream code is, and When it can go.
+Written for and tested with vLLM 0.32.0; see CONTRIBUTING.md for moving to another release.
+"""
+
+from attncache_vllm.engine.compat.batches import (
+    MetadataSource,
+    Prompt,
+    attention_layer,
+    build_sub_metadata,
+    bypass_counter,
+    context_lengths,
+    forward_context,
+    hook_model_runner,
+    layer_metadata,
+    leave_bypass_counter,
+    metadata_source,
+    prompts,
+    remember_source,
+    sub_batch,
+)
+from attncache_vllm.engine.compat.models import (
+    Forward,
+    Linear,
+    build_without_weights,
+    copy_of,
+    linear,
+)
+from attncache_vllm.engine.compat.runtime import (
+    get_logger,
+    register_op,
+    set_num_threads,
+    warn_once,
+)
+from attncache_vllm.engine.compat.selection import (
+    BACKEND_NAME,
+    TESTED_VLLM,
+    check_vllm_version,
+    install,
+    is_selected,
+    register_backend_name,
+)
+
+__all__ = [
+    "BACKEND_NAME",
+    "TESTED_VLLM",
+    "Forward",
+    "Linear",
+    "MetadataSource",
+    "Prompt",
+    "attention_layer",
+    "build_sub_metadata",
+    "build_without_weights",
+    "bypass_counter",
+    "check_vllm_version",
+    "context_lengths",
+    "copy_of",
+    "forward_context",
+    "get_logger",
+    "hook_model_runner",
+    "install",
+    "is_selected",
+    "layer_metadata",
+    "leave_bypass_counter",
+    "linear",
+    "metadata_source",
+    "prompts",
+    "register_backend_name",
+    "register_op",
+    "remember_source",
+    "set_num_threads",
+    "sub_batch",
+    "warn_once",
+]
