@@ -5,25 +5,26 @@ them, where maps serve a part of the heads, queries and keys of the others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.correct import Correction
-from attncache_vllm.reuse.maps import AttentionMap
+from attncache_vllm.reuse.maps import AttentionMap, kv_index
 
 logger = compat.get_logger(__name__)
 
 # Each serves the tokens from its start to its stop; together they serve all.
 Maps = Sequence[tuple[AttentionMap, int, int]]
+# The standard backend's metadata of the same tokens, for so many query and KV heads.
+MetadataOf = Callable[[int, int], Any]
 
-# Queries and keys of the other heads, computed apart and among all: products of the same numbers,
-# which kernels may add up in another order and round to bfloat16.
+# The other heads, computed apart and among all: sums of the same products, which kernels may add up
+# in another order and round to bfloat16.
 PARITY_TOLERANCE = 0.02
 
 
@@ -35,12 +36,21 @@ class Answer(Protocol):
 
     groups: tuple[int, ...]
 
-    def fits(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> bool:
+    def fits(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
+    ) -> bool:
         """Whether the module can be stood for; ``hidden_states`` ``[T, hidden]`` are any of its."""
         ...
 
     def __call__(
-        self, maps: Maps, hidden_states: torch.Tensor, positions: torch.Tensor | None
+        self,
+        maps: Maps,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
     ) -> torch.Tensor:
         """Answer ``[T, hidden]`` for ``hidden_states`` ``[T, hidden]``."""
         ...
@@ -100,12 +110,21 @@ class MapAnswer:
         self._output = OutputProjection(found, correction)
         self._heads_size = found.attention.num_heads * found.attention.head_size
 
-    def fits(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> bool:
+    def fits(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
+    ) -> bool:
         """Always: recording checks that the module does no more than this."""
         return True
 
     def __call__(
-        self, maps: Maps, hidden_states: torch.Tensor, positions: torch.Tensor | None
+        self,
+        maps: Maps,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf | None = None,
     ) -> torch.Tensor:
         """See :class:`Answer`."""
         value = self._value(hidden_states)
@@ -118,25 +137,21 @@ class MapAnswer:
 class PartialAnswer:
     """From maps of some KV groups: queries, keys and attention of the others are computed.
 
-    The module's own forward does it, so that norms and rotary embedding stay the model's. It runs
-    on a copy of the module that has the other heads only, with a projection to their queries and
-    keys; :meth:`fits` tries whether the copy computes what the module does.
+    The module's own forward does it, so that norms and rotary embedding stay the model's, and the
+    standard backend's kernel. It runs on a copy of the module that has the other heads only, with a
+    projection to their queries and keys; :meth:`fits` tries whether the copy computes what the
+    module does.
     """
 
     def __init__(
         self, found: AttentionModule, groups: tuple[int, ...], correction: Correction | None = None
     ) -> None:
-        """``groups`` are the KV groups that maps serve: some of the layer's, not all.
-
-        Raises:
-            ValueError: the layer caps its scores, which no kernel of torch does.
-        """
-        if found.soft_cap is not None:
-            raise ValueError(f"scores must not be capped, got {found.soft_cap!r}; serve all heads")
+        """``groups`` are the KV groups that maps serve: some of the layer's, not all. The layer is
+        one that can leave out heads (:func:`compat.can_leave_out_heads`)."""
         attention, layout = found.attention, found.layout
         self.groups = groups
         self._found = found
-        self._layout, self._scale = layout, attention.impl.scale
+        self._layout = layout
         self._head_size, self._kv_heads = attention.head_size, attention.num_kv_heads
         self._rest = [kv for kv in range(self._kv_heads) if kv not in groups]
         heads = [kv * layout.group + n for kv in self._rest for n in range(layout.group)]
@@ -155,54 +170,68 @@ class PartialAnswer:
         self._fits: bool | None = None
         # Of the call that is running.
         self._maps: Maps = ()
+        self._metadata: Any = None
         self._value: torch.Tensor | None = None
 
     def __call__(
-        self, maps: Maps, hidden_states: torch.Tensor, positions: torch.Tensor | None
+        self,
+        maps: Maps,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
     ) -> torch.Tensor:
         """See :class:`Answer`."""
-        self._maps = maps
+        self._maps, self._metadata = maps, metadata_of(len(self._rest_heads), len(self._rest))
         answer = self._run(self._module, hidden_states, positions)
         if self._found.output_proj is None:
             answer, _ = self._project_back(answer)
-        self._maps, self._value = (), None
+        self._maps, self._metadata, self._value = (), None, None
         return answer
 
-    def fits(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> bool:
-        """Whether the copy computes the queries and keys that the module does; tried once."""
+    def fits(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
+    ) -> bool:
+        """Whether the copy's heads are what those of the module are; tried once."""
         if self._fits is None:
-            self._fits = self._try(hidden_states, positions)
+            self._fits = self._try(hidden_states, positions, metadata_of)
         return self._fits
 
-    def _try(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> bool:
-        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-        size = self._head_size
-
-        def watch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            rows = len(hidden_states)
-            seen.append((query.reshape(rows, -1, size), key.reshape(rows, -1, size)))
-            return query.new_zeros(rows, self._layout.num_heads * size)
-
+    def _try(
+        self,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
+    ) -> bool:
         def pass_on(heads: torch.Tensor) -> tuple[torch.Tensor, None]:
             return heads, None
 
+        def exactly(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            metadata = metadata_of(self._layout.num_heads, self._kv_heads)
+            return self._exactly(query, key, self._by_head(value), metadata)
+
+        self._metadata = metadata_of(len(self._rest_heads), len(self._rest))
+        source = compat.metadata_source(self._metadata)
+        assert source is not None
+        part = self._copy(self._project, self._attend, pass_on)
         try:
-            self._run(self._copy(None, watch, pass_on), hidden_states, positions)
-            self._run(self._copy(self._project, watch, pass_on), hidden_states, positions)
+            own = self._run(part, hidden_states, positions)
+            # After it: it leaves the KV cache as the module would.
+            of_all = self._run(self._copy(None, exactly, pass_on), hidden_states, positions)
         except Exception as error:
             # The copy is an attempt: whatever a model's forward makes of it, the module is there.
             problem = f"{type(error).__name__}: {error}"
         else:
-            (query, key), (own_query, own_key) = seen
-            pairs = [(query[:, self._rest_heads], own_query), (key[:, self._rest], own_key)]
-            errors = [
-                ((own - of).float().norm() / of.float().norm()).item()
-                for of, own in pairs
-                if of.shape == own.shape
-            ]
-            if len(errors) == len(pairs) and max(errors) <= PARITY_TOLERANCE:
+            tokens = source.common.num_actual_tokens
+            a, b = (self._by_head(x)[:tokens, self._rest_heads].float() for x in (of_all, own))
+            difference = ((a - b).norm() / a.norm()).item()
+            if difference <= PARITY_TOLERANCE:
                 return True
-            problem = f"queries and keys are others, relative errors {errors}"
+            problem = f"relative error {difference:.3g} of the others"
+        finally:
+            self._metadata, self._value = None, None
         logger.warning(
             "attncache: layer %d computes all heads where maps serve a part: %s",
             self._found.index,
@@ -259,35 +288,26 @@ class PartialAnswer:
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The heads ``[T, H * d]``."""
         assert self._value is not None
-        tokens, size = len(query), self._head_size
-        heads = query.new_empty(tokens, self._layout.num_heads * size)
-        by_group = heads.view(tokens, self._kv_heads, self._layout.group, size)
-        queries = query.view(tokens, -1, size).transpose(0, 1)
-        keys = key.view(tokens, -1, size).transpose(0, 1)
-        values = self._value[:, self._rest].transpose(0, 1)
+        tokens, group = len(query), self._layout.group
+        heads = query.new_empty(tokens, self._layout.num_heads * self._head_size)
+        rest = kv_index(tuple(self._rest))
+        exact = self._exactly(query, key, self._value[:, rest], self._metadata)
+        by_group = heads.view(tokens, self._kv_heads, group, self._head_size)
+        by_group[:, rest] = exact.view(tokens, -1, group, self._head_size)
         for maps, start, stop in self._maps:
             apply_map(maps, self._value[start:stop], heads[start:stop])
-            exact = self._exactly(
-                queries[:, start:stop], keys[:, start:stop], values[:, start:stop]
-            )
-            by_group[start:stop, self._rest] = exact
         return heads
 
-    def _exactly(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attention of one sequence ``[L, n, G, d]`` from ``[n * G, L, d]`` and ``[n, L, d]``."""
-        mask, length = self._layout.mask, query.shape[1]
-        hides = mask.window is not None and mask.window < length
-        exact = F.scaled_dot_product_attention(
-            query[None],
-            key[None],
-            value[None],
-            attn_mask=mask.visible(length, query.device) if hides else None,
-            is_causal=mask.causal and not hides,
-            scale=self._scale,
-            enable_gqa=True,
-        )
-        by_head = exact[0].transpose(0, 1)
-        return by_head.reshape(length, -1, self._layout.group, self._head_size)
+    def _exactly(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: Any
+    ) -> torch.Tensor:
+        """Attention ``[T, h * d]`` of ``[T, h * d]``, ``[T, n * d]`` and ``[T, n, d]``."""
+        query, key = self._by_head(query), self._by_head(key)
+        attention = self._found.attention
+        return compat.attend_some_heads(attention, query, key, value, metadata).flatten(1)
+
+    def _by_head(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(len(x), -1, self._head_size)
 
     def _project_back(self, heads: torch.Tensor) -> tuple[torch.Tensor, None]:
         assert self._value is not None

@@ -10,12 +10,19 @@ would.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from attncache_vllm.engine import compat
-from attncache_vllm.engine.answers import Answer, MapAnswer, PartialAnswer, ValueProjection
+from attncache_vllm.engine.answers import (
+    Answer,
+    MapAnswer,
+    MetadataOf,
+    PartialAnswer,
+    ValueProjection,
+)
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.reuse.apply import apply_aligned, apply_map
 from attncache_vllm.reuse.correct import Correction
@@ -82,27 +89,32 @@ class ReuseModule:
             if len(served) == found.attention.num_kv_heads:
                 value = value or ValueProjection(found)
                 self._answers[source] = MapAnswer(found, value, correction)
-            elif found.soft_cap is None:
+            elif compat.can_leave_out_heads(found.attention):
                 self._answers[source] = PartialAnswer(found, served, correction)
         self._steps = steps
 
     def forward(self, hidden_states: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         step = self._steps.current()
         served = step.served(self._index) if step is not None else {}
+        if step is None or not served:
+            return self._exact(hidden_states, positions)
+        attn_metadata = compat.layer_metadata(self._name)
+        metadata_of = partial(step.metadata_of_heads, attn_metadata)
         around = {
             row: item
             for row, item in served.items()
-            if self._serves(item, hidden_states, positions)
+            if self._serves(item, hidden_states, positions, partial(metadata_of, None))
         }
-        if step is None or not around:
+        if not around:
             return self._exact(hidden_states, positions)
-        split = step.split(compat.layer_metadata(self._name), tuple(around))
+        split = step.split(attn_metadata, tuple(around))
         output: torch.Tensor | None = None
         for source, tokens, spans in _by_source(split, around):
             reused = self._answers[source](
                 _packed(spans, around),
                 hidden_states[tokens],
                 positions[tokens] if positions is not None else None,
+                partial(metadata_of, tuple(row for row, _, _ in spans)),
             )
             if len(reused) == len(hidden_states):
                 return reused
@@ -118,7 +130,11 @@ class ReuseModule:
         return output
 
     def _serves(
-        self, item: Served, hidden_states: torch.Tensor, positions: torch.Tensor | None
+        self,
+        item: Served,
+        hidden_states: torch.Tensor,
+        positions: torch.Tensor | None,
+        metadata_of: MetadataOf,
     ) -> bool:
         """Whether the sequence is answered here: else it is served inside."""
         answer = self._answers.get(item.source)
@@ -126,7 +142,7 @@ class ReuseModule:
             answer is not None
             and item.alignment is None
             and item.maps.groups == answer.groups
-            and answer.fits(hidden_states, positions)
+            and answer.fits(hidden_states, positions, metadata_of)
         )
 
 

@@ -178,6 +178,7 @@ class Step:
         self._reason = reason
         self._decision: Decision | None = None
         self._splits: dict[tuple[int, tuple[int, ...]], Split] = {}
+        self._of_heads: dict[tuple[int, tuple[int, ...] | None, int], Any] = {}
 
     def served(self, layer: int) -> dict[int, Served]:
         """What serves the hits in this layer, by row. The first call awaits the lookup."""
@@ -196,6 +197,22 @@ class Step:
             assert source is not None
             self._splits[key] = split_batch(source, set(hit_rows))
         return self._splits[key]
+
+    def metadata_of_heads(
+        self, attn_metadata: Any, rows: tuple[int, ...] | None, num_heads: int, num_kv_heads: int
+    ) -> Any:
+        """Metadata of some rows of a batch, or all, for a layer with so many heads; shared by
+        layers as the results of :meth:`split` are."""
+        key = (id(attn_metadata), rows, num_kv_heads)
+        if key not in self._of_heads:
+            source = compat.metadata_source(attn_metadata)
+            assert source is not None
+            if rows is not None and len(rows) < source.common.num_reqs:
+                spans = [span for span in _spans(source) if span[0] in rows]
+                tokens = _tokens(spans, source.common.seq_lens.device)
+                source = compat.source_of_rows(source, rows, tokens)
+            self._of_heads[key] = compat.metadata_of_heads(source, num_heads, num_kv_heads)
+        return self._of_heads[key]
 
     def _in_layer(self, layer: int, hits: Mapping[int, Hit]) -> dict[int, Served]:
         served = {row: hit.served[layer] for row, hit in hits.items() if layer in hit.served}
@@ -224,8 +241,7 @@ class Step:
 
 def split_batch(source: compat.MetadataSource, hit_rows: set[int]) -> Split:
     """Part a batch into the rows in ``hit_rows`` and the rest."""
-    starts = source.common.query_start_loc_cpu.tolist()
-    spans = [(row, *span) for row, span in enumerate(pairwise(starts))]
+    spans = _spans(source)
     hits = [span for span in spans if span[0] in hit_rows]
     rest = [span for span in spans if span[0] not in hit_rows and span[2] > span[1]]
 
@@ -235,9 +251,15 @@ def split_batch(source: compat.MetadataSource, hit_rows: set[int]) -> Split:
     misses = None
     if rest:
         tokens = _tokens(rest, device)
-        metadata = compat.build_sub_metadata(source, [row for row, _, _ in rest], tokens)
-        misses = Misses(tokens, metadata)
+        part = compat.source_of_rows(source, [row for row, _, _ in rest], tokens)
+        misses = Misses(tokens, compat.build_metadata(part))
     return Split(hit_tokens, tuple(hits), misses)
+
+
+def _spans(source: compat.MetadataSource) -> list[tuple[int, int, int]]:
+    """Row, start and stop of each sequence of a batch."""
+    starts = source.common.query_start_loc_cpu.tolist()
+    return [(row, start, stop) for row, (start, stop) in enumerate(pairwise(starts))]
 
 
 def _tokens(spans: list[tuple[int, int, int]], device: torch.device) -> torch.Tensor:

@@ -87,7 +87,7 @@ def attention_layer(shape: Shape, name: str) -> Any:
         "use_direct_call": True,
         "attn_backend": Backend,
         "kv_cache": torch.zeros(
-            2, BLOCKS, BLOCK_SIZE, shape.kv_heads, shape.head_size, dtype=shape.dtype
+            BLOCKS, shape.kv_heads, BLOCK_SIZE, 2 * shape.head_size, dtype=shape.dtype
         ),
     }
     for key, value in attributes.items():

@@ -40,8 +40,8 @@ class StandardBuilder:
 class StandardImpl:
     """Exact attention in float32, row by row of its metadata.
 
-    Keys and values of a decoder are those of the paged ``kv_cache`` ``[2, blocks, BLOCK_SIZE, KV,
-    d]``, so that a wrong slot, block, length or position gives a wrong answer.
+    Keys and values of a decoder are those of the paged ``kv_cache`` ``[blocks, KV, BLOCK_SIZE,
+    2 * d]``, as on CPUs, so that a wrong slot, block, length or position gives a wrong answer.
     """
 
     logits_soft_cap = 0.0
@@ -59,7 +59,8 @@ class StandardImpl:
         if self.attn_type == AttentionType.ENCODER_ONLY:
             return
         written = slots != PADDING_SLOT
-        kv_cache.flatten(1, 2)[:, slots[written]] = torch.stack([key, value])[:, written]
+        blocks, places = slots[written] // BLOCK_SIZE, slots[written] % BLOCK_SIZE
+        kv_cache[blocks, :, places] = torch.cat([key, value], dim=-1)[written]
         self.slots_written += slots[written].tolist()
 
     def forward(
@@ -75,7 +76,11 @@ class StandardImpl:
         output_block_scale: Any = None,
     ) -> Tensor:
         scales = (output_scale, output_block_scale)
-        self.calls.append(SimpleNamespace(tokens=len(query), metadata=attn_metadata, scales=scales))
+        self.calls.append(
+            SimpleNamespace(
+                tokens=len(query), heads=query.shape[1], metadata=attn_metadata, scales=scales
+            )
+        )
         if attn_metadata is None:
             return output
         common = attn_metadata.common
@@ -87,7 +92,8 @@ class StandardImpl:
             if self.attn_type == AttentionType.ENCODER_ONLY:
                 keys, values = key[start:stop], value[start:stop]
             else:
-                keys, values = kv_cache[:, common.block_table_tensor[row, 0], :seen]
+                block = kv_cache[common.block_table_tensor[row, 0], :, :seen]
+                keys, values = block.transpose(0, 1).chunk(2, dim=-1)
             output[start:stop] = self._row(query[start:stop], keys, values).to(output.dtype)
         return output
 

@@ -420,14 +420,16 @@ def test_heads_without_a_map_are_computed_beside_those_with_one(
         steps.step = step_with([whole(rows)], {0: item})
         forget(module)
         assert difference(run(module, [whole(rows)]), expected) <= TOLERANCE
-    # Around the module, the others' queries and keys are computed apart. Inside, nothing of the
-    # module is skipped.
+    # Around the module, queries and keys of the others are computed apart, and the backend attends
+    # to them alone. Inside, nothing of the module is skipped.
+    shape = module.shape
+    rest = (shape.kv_heads - len(PARTS[family])) * shape.heads // shape.kv_heads
     inside = treatment == "scores"
     assert module.qkv.tokens_computed == (65 if inside else 0)
-    assert [call.tokens for call in module.attn.impl.calls] == ([65] if inside else [])
-    assert module.attn.impl.slots_written == (
-        [slot(0, i) for i in range(65)] if inside and module.shape.causal else []
-    )
+    (call,) = module.attn.impl.calls
+    assert (call.tokens, call.heads) == (65, shape.heads if inside else rest)
+    written = [slot(0, i) for i in range(65)] if shape.causal else []
+    assert module.attn.impl.slots_written == written
 
 
 class AllHeadsTogether(LlamaAttention):
@@ -468,6 +470,19 @@ def test_a_module_whose_heads_cannot_be_parted_is_served_inside(
     assert [call.tokens for call in module.attn.impl.calls] == [65]
     (message,) = [record.getMessage() for record in caplog.records]
     assert "layer 1 computes all heads where maps serve a part" in message
+
+
+def test_heads_are_parted_only_where_the_layout_of_the_cache_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = make_module()
+    monkeypatch.setattr(module.attn.attn_backend, "get_name", lambda: "FLASH_ATTN")
+    rows, other = text(1, 65), text(2, 65)
+    item = Served("template", own_map(module, other, (1,)))
+    steps = treated(module, "module", groups={"template": (1,)})
+    steps.step = step_with([whole(rows)], {0: item})
+    assert difference(run(module, [whole(rows)]), reference(module, rows, item)) <= TOLERANCE
+    assert [call.heads for call in module.attn.impl.calls] == [module.shape.heads]
 
 
 @pytest.mark.parametrize("family", NO_WINDOW)
@@ -643,11 +658,20 @@ def test_all_sources_and_misses_of_a_step_answer_as_each_alone(
         and item.maps.groups == groups[item.source]
     ]
     complete = {i for i, item in hits.items() if item.all_heads} | {*around}
-    kernel = sum(length for i, length in enumerate(lengths) if i not in complete)
-    assert [call.tokens for call in module.attn.impl.calls] == ([kernel] if kernel else [])
-    written = [slot(i, p) for i, n in enumerate(lengths) if i not in around for p in range(n)]
-    assert module.qkv.tokens_computed == len(written)
-    assert module.attn.impl.slots_written == (written if module.shape.causal else [])
+    # Of texts that maps serve a part of, the backend attends to the other heads alone.
+    parts = [i for i in around if not hits[i].all_heads]
+    shape = module.shape
+    rest = shape.heads - shape.heads // shape.kv_heads
+    calls = [
+        (sum(lengths[i] for i in parts), rest),
+        (sum(length for i, length in enumerate(lengths) if i not in complete), shape.heads),
+    ]
+    found = [(call.tokens, call.heads) for call in module.attn.impl.calls]
+    assert found == [(tokens, heads) for tokens, heads in calls if tokens]
+    inside = [i for i in range(len(rows)) if i not in around]
+    assert module.qkv.tokens_computed == sum(lengths[i] for i in inside)
+    written = [slot(i, p) for i in (*parts, *inside) for p in range(lengths[i])]
+    assert module.attn.impl.slots_written == (written if shape.causal else [])
 
     # Canaries are answered exactly, and what would have served them is told.
     assert [seen.served for seen in steps.compared] == [items[index] for index in canaries]

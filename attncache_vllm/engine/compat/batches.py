@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -116,8 +116,10 @@ def context_lengths(common: CommonAttentionMetadata) -> torch.Tensor:
     return known if known is not None else common.seq_lens.cpu()
 
 
-def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Tensor) -> Any:
-    """Standard metadata for the sequences ``rows`` of a batch.
+def source_of_rows(
+    source: MetadataSource, rows: Sequence[int], tokens: torch.Tensor
+) -> MetadataSource:
+    """What metadata of the sequences ``rows`` of a batch are built from.
 
     Args:
         source: the full batch.
@@ -153,9 +155,14 @@ def build_sub_metadata(source: MetadataSource, rows: list[int], tokens: torch.Te
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
     )
-    built = source.builder.build(0, sub)
     in_batch = tuple(source.row_in_batch(row) for row in rows)
-    remember_source(built, MetadataSource(source.builder, sub, rows=in_batch))
+    return MetadataSource(source.builder, sub, rows=in_batch)
+
+
+def build_metadata(source: MetadataSource) -> Any:
+    """The standard backend's own metadata of a batch or a part of one."""
+    built = source.builder.build(0, source.common)
+    remember_source(built, source)
     return built
 
 

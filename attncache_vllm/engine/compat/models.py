@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams 6 to 8: a model without its weights, and parts of its modules."""
+"""Seams 6 and 7: a model without its weights, and linear layers of the plugin's own."""
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,40 +60,3 @@ def linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
     layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
     dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
     return lambda x: layer.cpu_linear(x, layer.weight, layer.bias)
-
-
-# --- Seam 8: an attention module of some of its heads -------------------------------------------
-# Why:      where maps serve some heads of a layer, the model's own forward (with its norms and
-#           rotary embedding) must make queries and keys of the others alone.
-# How:      a shallow copy of the module: projections and attention are other children, and the
-#           attributes that vLLM's models keep sizes in say how many heads there are. Whoever uses
-#           it compares what it computes with what the module does.
-# Upstream: vllm/model_executor/models/llama.py, LlamaAttention (num_heads, q_size, ...)
-# When:     when an Attention layer can leave out heads of a batch.
-
-Forward = Callable[..., Any]
-
-
-class _Child(torch.nn.Module):
-    def __init__(self, function: Forward) -> None:
-        super().__init__()
-        self.forward = function
-
-
-def copy_of(
-    module: torch.nn.Module,
-    children: Sequence[tuple[torch.nn.Module | None, Forward]],
-    sizes: Mapping[str, tuple[int, int]],
-) -> torch.nn.Module:
-    """A copy of ``module`` with functions in place of some of its children, and the second number
-    of ``sizes`` in those of its attributes that are the first. All else is shared."""
-    made = copy.copy(module)
-    made.__dict__.pop("forward", None)  # the class's, not that of an instance that is hooked
-    made._modules = {
-        name: next((_Child(function) for old, function in children if old is child), child)
-        for name, child in module._modules.items()
-    }
-    for name, (whole, part) in sizes.items():
-        if getattr(made, name, None) == whole:
-            setattr(made, name, part)
-    return made

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam 9, and what of vLLM's public helpers the plugin uses."""
+"""Seam 10, and what of vLLM's public helpers the plugin uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-# --- Seam 9: the number of torch's threads ------------------------------------------------------
+# --- Seam 10: the number of torch's threads ------------------------------------------------------
 # Why:      a thread beside the forward must have no helpers on the model's cores, and vLLM's CPU
 #           worker replaces torch.set_num_threads by a function that does nothing, because the
 #           threads that compute the model are bound to cores.
