@@ -77,8 +77,7 @@ class ReuseModule:
         corrections: Mapping[Source, Correction],
         groups: Mapping[Source, tuple[int, ...]],
     ) -> None:
-        """``groups`` are the KV groups that the maps of a source serve, of sources whose maps lie
-        over a sequence as they are."""
+        """``groups`` are the KV groups that the maps of a source serve."""
         self._index = found.index
         self._name = found.name
         self._exact = ExactModule(found)

@@ -276,7 +276,11 @@ def _aligned_hit(match: AlignedMatch, maps: Maps) -> Hit | None:
     served = {}
     for (source, layer), blocks in maps.items():
         alignment = match.aligned if source == "aligned" else match.prefix
-        if alignment is not None and _sees_all(blocks, alignment):
+        if alignment is None:
+            continue
+        if alignment.is_own_map(blocks.layout.mask.causal):
+            served[layer] = Served(source, blocks)
+        elif _sees_all(blocks, alignment):
             served[layer] = Served(source, blocks, alignment)
     if not served:
         return None

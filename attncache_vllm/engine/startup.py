@@ -194,7 +194,7 @@ def _hook(
     groups: dict[Source, tuple[int, ...]] = {
         source: part.groups[found.index]
         for source, part in plan.sources.items()
-        if source in ("neighbour", "template") and part.groups[found.index]
+        if part.groups[found.index]
     }
     if reach.skips == "module" and groups:
         ops.replace_forward(found, ReuseModule(found, serving, corrections, groups))

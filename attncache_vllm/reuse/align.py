@@ -79,6 +79,11 @@ class Alignment:
         same = (self.rows == self.entry_rows) & (self.rows == np.arange(len(self.rows)))
         return len(same) if same.all() else int(same.argmin())
 
+    def is_own_map(self, causal: bool) -> bool:
+        """Whether the entry's map, laid over the sequence from the left, is its own: they are the
+        same text or, in a causal model, the sequence is how the entry begins."""
+        return self.prefix == self.length and (causal or self.entry_length == self.length)
+
     def novelty(self, causal: bool) -> float:
         """How much of what the served rows see is not what their stored rows saw, 0 to 1.
 

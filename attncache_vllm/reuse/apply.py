@@ -115,7 +115,7 @@ def apply_aligned(
             "templates have none"
         )
     mask, length, head_size = maps.layout.mask, alignment.length, value.shape[2]
-    if alignment.prefix == length and (mask.causal or maps.length == length):
+    if alignment.is_own_map(mask.causal):
         apply_map(maps, value, out)
         return
     held = kv_index(maps.groups)

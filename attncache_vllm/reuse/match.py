@@ -112,12 +112,12 @@ class AlignedGate:
     def match(self, entry_id: int, alignment: Alignment) -> AlignedMatch:
         """What of an alignment serves.
 
-        Rows that a pooler may read alone are always computed if anything is: the last one, and of
-        bidirectional models the first.
+        Rows that a pooler may read alone are always computed, the last one and of bidirectional
+        models the first, unless the entry's map is the sequence's own.
         """
         aligned = prefix = None
         computed = np.zeros(alignment.length, bool)
-        if len(alignment.rows) < alignment.length or alignment.length != alignment.entry_length:
+        if not alignment.is_own_map(self.causal):
             computed[-1] = True
             computed[0] = not self.causal
         kept = alignment.serving(~computed)

@@ -461,6 +461,24 @@ def test_the_candidate_that_leaves_the_fewest_rows_to_compute_serves_the_rows_it
     assert hits[2] is None
 
 
+@pytest.mark.parametrize("length", [40, 39])
+def test_a_text_that_is_stored_or_how_a_stored_one_begins_needs_no_alignment(
+    store: FakeStore, length: int
+) -> None:
+    # A window hides the same columns from the rows of both.
+    layouts: Layouts = {2: CAUSAL, 3: WINDOWED}
+    store.overlapping = [overlap(3)]
+    plan = shared({"aligned": ((), (), (0, 1), ()), "prefix": ((), (), (), (0,))})
+    [hit] = hit_of(plan, store, tokens_of(3)[:length], layouts=layouts)
+    assert hit is not None
+    assert {layer: served.source for layer, served in hit.served.items()} == {
+        2: "aligned",
+        3: "prefix",
+    }
+    assert [served.alignment for served in hit.served.values()] == [None, None]
+    assert {served.maps.length for served in hit.served.values()} == {40}
+
+
 def test_what_shares_tokens_comes_before_what_is_near(store: FakeStore) -> None:
     store.overlapping = [overlap(4), []]
     store.answers = [near(3)]
@@ -546,7 +564,7 @@ def test_a_window_that_is_shorter_than_either_text_leaves_the_layer_exact(
     store.overlapping = [overlap(1), overlap(1), overlap(3)]
     longer = np.append(tokens_of(1), 7).astype(np.int32)
     plan = shared({"aligned": ((), (), (0, 1), (0, 1))})
-    hits = hit_of(plan, store, edit(1, 12), longer, tokens_of(3)[:24], layouts=layouts)
+    hits = hit_of(plan, store, edit(1, 12), longer, edit(3, 5)[:24], layouts=layouts)
     assert [hit.served.keys() if hit else None for hit in hits] == [{2, 3}, {2}, {2}]
 
 

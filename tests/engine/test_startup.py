@@ -332,13 +332,15 @@ def test_a_recorded_text_that_was_edited_is_served_from_its_entry(tmp_path: Path
     path = publish(recorded(tmp_path / "store"), plan_of(aligned=SourcePlan(WHOLE, 0.3)))
     model = make_model()
     attach(model, make_config(settings(path)))
-    # Nothing that is aligned can be done around the module.
-    assert hooked(model) == [(False, False), (False, True), (False, True)]
+    assert hooked(model) == [(False, False), (True, True), (True, True)]
     hits = {"source": "aligned"}
     before = outcomes(), counted("attncache_hits_total", **hits)
     answer = run_model(model, [whole(TEXTS[2], IDS[2])])
     assert 0 < relative(answer, exact(TEXTS[2])) <= TOLERANCE
     assert [len(layer.self_attn.attn.impl.calls) for layer in model.model.layers] == [1, 0, 0]
+    # Its own text is answered around the modules: nothing but V rows is projected.
+    projected = [layer.self_attn.qkv.tokens_computed for layer in model.model.layers]
+    assert projected == [len(TEXTS[2]), 0, 0]
 
     # Three tokens in the middle are others; what comes after has not moved.
     rows, ids = TEXTS[2].clone(), IDS[2].copy()

@@ -117,7 +117,7 @@ ENTRY = list(range(100, 120))
 EDITED = [*ENTRY[:10], 1, *ENTRY[11:]]
 
 
-def test_rows_that_a_pooler_may_read_alone_are_computed_if_anything_is() -> None:
+def test_rows_that_a_pooler_may_read_alone_are_computed_unless_the_map_is_the_texts_own() -> None:
     everything = AlignedGate(True, 1.0, 1.0, 0.0).match(7, aligned(ENTRY, ENTRY))
     assert (everything.entry_id, rows_of(everything.aligned)) == (7, list(range(20)))
     assert everything.reused == 1
@@ -126,9 +126,14 @@ def test_rows_that_a_pooler_may_read_alone_are_computed_if_anything_is() -> None
     assert rows_of(causal.aligned) == [*range(10), *range(11, 19)]
     both = AlignedGate(False, 1.0, 1.0, 0.0).match(7, aligned(EDITED, ENTRY))
     assert rows_of(both.aligned) == [*range(1, 10), *range(11, 19)]
-    # An entry that goes on is another text as well.
-    shorter = AlignedGate(True, 1.0, 1.0, 0.0).match(7, aligned(ENTRY[:15], ENTRY))
-    assert rows_of(shorter.aligned) == list(range(14))
+    # Where an entry goes on, its first rows are the shorter text's in a causal model only.
+    shorter = AlignedGate(True, 1.0, 0.5, 0.5).match(7, aligned(ENTRY[:15], ENTRY))
+    assert rows_of(shorter.aligned) == rows_of(shorter.prefix) == list(range(15))
+    assert shorter.reused == 1
+    bidirectional = AlignedGate(False, 1.0, 1.0, 0.0).match(7, aligned(ENTRY[:15], ENTRY))
+    assert rows_of(bidirectional.aligned) == list(range(1, 14))
+    longer = AlignedGate(True, 1.0, 0.5, 0.5).match(7, aligned([*ENTRY, 1], ENTRY))
+    assert rows_of(longer.aligned) == rows_of(longer.prefix) == list(range(20))
 
 
 def test_a_prefix_serves_as_far_as_it_is_exact_and_causal_models_only() -> None:
