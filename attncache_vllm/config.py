@@ -83,6 +83,12 @@ class Settings(_Frozen):
         "layer by layer with what would have served them. A layer whose error has left its "
         "calibrated band is computed exactly from then on.",
     )
+    only_where_it_pays: bool = Field(
+        True,
+        description="Measure at start, in a few seconds, what each layer costs with and without "
+        "maps at several lengths, and reuse only where that is faster on this machine. Without it "
+        "every hit is taken: to see what reuse keeps, not what it saves.",
+    )
     log_interval_s: float = Field(
         30.0, gt=0.0, description="Seconds between two log lines with the counters."
     )

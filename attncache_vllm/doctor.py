@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.config import SETTINGS_KEY
+from attncache_vllm.errors import AttnCacheError, SettingsError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,16 +35,28 @@ class Check:
     finding: str
 
 
-def examine(store: Path | None, model: str | None, arguments: Sequence[str] = ()) -> list[Check]:
+def examine(
+    store: Path | None, model: str | None, arguments: Sequence[str] = (), costs: bool = False
+) -> list[Check]:
     """Examine the installation, then the store and the model when they are given.
 
-    ``arguments`` are those of ``vllm serve`` besides the model.
+    ``arguments`` are those of ``vllm serve`` besides the model. With ``costs`` the engine is
+    started, and what reuse saves is measured.
+
+    Raises:
+        SettingsError: costs of no model or no store.
     """
+    if costs and (store is None or model is None):
+        raise SettingsError(
+            f"costs are those of a model with a store, got {model!r} and {store!r}; name both"
+        )
     checks = [*_versions(), _machine(), _products(), _plugin()]
     if store is not None:
         checks += _store(store)
     if model is not None:
         checks += _engine(store, model, arguments)
+    if costs and store is not None and model is not None:
+        checks += _costs(store, model, arguments)
     return checks
 
 
@@ -130,14 +144,11 @@ def _store(path: Path) -> Iterator[Check]:
 
 def _engine(store: Path | None, model: str, arguments: Sequence[str]) -> Iterator[Check]:
     """What vLLM's resolved configuration for this model would mean."""
-    from attncache_vllm.config import SETTINGS_KEY, load_settings
+    from attncache_vllm.config import load_settings
     from attncache_vllm.engine.eligibility import why_engine_bypassed
     from attncache_vllm.serve_options import engine_args
 
-    given = list(arguments)
-    if store is not None:
-        settings = json.dumps({SETTINGS_KEY: {"store": str(store)}})
-        given += ["--attention-backend", "attncache", "--additional-config", settings]
+    given = list(arguments) if store is None else _selected(store, arguments)
     parsed = engine_args(model, given)
     try:
         config = parsed.create_engine_config()
@@ -156,6 +167,40 @@ def _engine(store: Path | None, model: str, arguments: Sequence[str]) -> Iterato
     else:
         yield Check("engine", "problem", f"every request is bypassed: {reason}")
     yield from _layers(config)
+
+
+def _selected(store: Path, arguments: Sequence[str]) -> list[str]:
+    settings = json.dumps({SETTINGS_KEY: {"store": str(store)}})
+    return [*arguments, "--attention-backend", "attncache", "--additional-config", settings]
+
+
+def _costs(store: Path, model: str, arguments: Sequence[str]) -> Iterator[Check]:
+    """What an engine measures when it starts."""
+    # One process: what it has measured is at hand.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+
+    from attncache_vllm.engine.runtime import serving_of
+    from attncache_vllm.serve_options import engine_args
+
+    try:
+        llm = LLM.from_engine_args(engine_args(model, _selected(store, arguments)))
+    except (RuntimeError, ValueError) as error:
+        yield Check("costs", "problem", f"vLLM could not start: {str(error).strip()}")
+        return
+    serving = serving_of(llm.llm_engine.vllm_config)
+    costs = None if serving is None else serving.costs
+    if costs is None or not costs.measured:
+        yield Check("costs", "problem", "nothing was measured; the log above says why")
+        return
+    yield Check("lookup", "info", f"{costs.lookup * 1e3:.2f} ms for one text, found or not")
+    for source in dict.fromkeys(source for _, source in costs.measured):
+        least = costs.least_length(source)
+        pays = "never pays" if least is None else f"pays from {least} tokens"
+        saved = ", ".join(
+            f"{costs.saved(source, length) * 1e3:.2f} ms at {length}" for length in costs.lengths
+        )
+        yield Check(f"costs: {source}", "info" if least is None else "ok", f"{pays}; saves {saved}")
 
 
 def _layers(config: VllmConfig) -> Iterator[Check]:

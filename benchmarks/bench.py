@@ -262,6 +262,7 @@ def bench_settings(store: Path) -> dict[str, Any]:
         "lookup_deadline_ms": 60_000.0,
         "resident_mib": 16_384,
         "canary_share": 0.0,  # their share is a setting
+        "only_where_it_pays": False,  # where it does not is to be seen
     }
 
 

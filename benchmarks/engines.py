@@ -124,9 +124,11 @@ def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool) -> Reply:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
-    serving = _serving(llm)
+    from attncache_vllm.engine.runtime import serving_of
+
+    serving = serving_of(llm.llm_engine.vllm_config)
     if cold and serving is not None:
-        lookups = serving._lookups
+        lookups: Any = serving._lookups
         lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
     given = [{"prompt_token_ids": list(ids)} for ids in prompts]
     before = 0 if serving is None else serving.outcomes.sequences["hit"]
@@ -141,16 +143,6 @@ def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool) -> Reply:
     answers = [output.outputs.data.float().tolist() for output in outputs]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return Reply(seconds, hits, answers, peak, operators)
-
-
-def _serving(llm: Any) -> Any:
-    """What the worker of this process holds for serving; None without the plugin."""
-    config = llm.llm_engine.vllm_config.compilation_config
-    for layer in config.static_forward_context.values():
-        observer = getattr(layer, "attncache_observer", None)
-        if observer is not None:
-            return observer.__self__
-    return None
 
 
 def _serve_no_maps() -> None:

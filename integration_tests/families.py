@@ -106,6 +106,7 @@ def examine(
             "max_distance": gate,
             "lookup_deadline_ms": 60_000.0,
             "canary_share": 0.0,
+            "only_where_it_pays": False,
         }
         selected = {"attention_backend": "attncache", "additional_config": {"attncache": settings}}
         metrics.LAYERS.clear()  # of the engine before

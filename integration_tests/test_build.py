@@ -140,3 +140,14 @@ def test_mistake_of_the_user_is_one_message_and_exit_code_2(
     assert "error:" in ended.log and said in ended.log
     assert "Traceback" not in ended.log + ended.stdout
     assert not (tmp_path / "s").exists()
+
+
+def test_doctor_measures_from_which_length_on_reuse_pays(
+    store: Path, model: Path, attncache: Command
+) -> None:
+    pooling = ("--pooler-config", '{"seq_pooling_type": "MEAN"}', "--max-model-len", "128")
+    ended = attncache("doctor", model, "--store", store, "--costs", "--enforce-eager", *pooling)
+    assert ended.code == 0, ended.log
+    # Whether it pays is the machine's business; that it was measured up to 128 tokens is not.
+    assert re.search(r"costs: neighbour.*ms at 16,.*ms at 128", " ".join(ended.stdout.split()))
+    assert "reuse pays: neighbour" in ended.log

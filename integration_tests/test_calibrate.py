@@ -58,7 +58,12 @@ class Calibrated:
     texts: list[str]
 
     def serve(self, **settings: Any) -> None:
-        patient = {"store": str(self.store), "min_tokens": 2, "lookup_deadline_ms": 60_000.0}
+        patient = {
+            "store": str(self.store),
+            "min_tokens": 2,
+            "lookup_deadline_ms": 60_000.0,
+            "only_where_it_pays": False,
+        }
         self.engine.replace(
             model=str(ensure("minilm")),
             **MODEL,

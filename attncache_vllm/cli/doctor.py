@@ -35,6 +35,12 @@ def doctor(
         typer.Argument(help="Model folder or hub name, as for vLLM.", show_default=False),
     ] = None,
     store: Annotated[Path | None, typer.Option(help="Store to check.")] = None,
+    costs: Annotated[
+        bool,
+        typer.Option(
+            "--costs", help="Start the engine and measure from which length on reuse pays."
+        ),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check versions, plugin, machine and store, say for each layer of the model what a hit skips,
@@ -48,7 +54,7 @@ def doctor(
 
     with user_errors():
         check_model_comes_first(model)
-        checks = examine(store, model, context.args)
+        checks = examine(store, model, context.args, costs)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
     else:

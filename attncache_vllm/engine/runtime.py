@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.canary import Canaries
+from attncache_vllm.engine.costs import Costs
 from attncache_vllm.engine.lookups import Lookups
 from attncache_vllm.engine.step import (
     Decision,
@@ -22,11 +27,24 @@ from attncache_vllm.engine.step import (
     template_hit,
 )
 from attncache_vllm.reuse.feature import pool_tokens
+from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 logger = compat.get_logger(__name__)
 
 _STEP = "attncache"
+
+
+def serving_of(vllm_config: VllmConfig) -> Serving | None:
+    """What the engine of this process holds for serving; None if its backend is another."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        holder = getattr(getattr(layer, "attncache_observer", None), "__self__", None)
+        if isinstance(holder, Serving):
+            return holder
+    return None
 
 
 class Serving:
@@ -41,20 +59,26 @@ class Serving:
         slots: int,
         feature_layer_name: str,
         groups: int,
+        sources: tuple[Source, ...],
     ) -> None:
         """``lookups`` is None if the plan has templates only; ``groups`` is the number of KV
-        groups of all layers together."""
+        groups of all layers together, ``sources`` are those of the plan."""
         self._lookups = lookups
-        self._templates = templates
+        self.templates = templates
         self._canaries = canaries
         self._settings = settings
         self._slots = slots
         self._feature_layer_name = feature_layer_name
         self._groups = groups
+        self._sources = sources
+        self._pretended: Step | None = None
+        self.costs = Costs({})
         self.outcomes = metrics.Outcomes(settings.log_interval_s)
 
     def observe(self, hidden_states: torch.Tensor) -> None:
         """Begin a step from the feature layer's input ``[T, hidden]``."""
+        if self._pretended is not None:
+            return
         attn_metadata = compat.layer_metadata(self._feature_layer_name)
         source = compat.metadata_source(attn_metadata)
         if source is None:
@@ -64,6 +88,8 @@ class Serving:
 
     def current(self) -> Step | None:
         """The step of the forward pass that is running; None while profiling or warming up."""
+        if self._pretended is not None:
+            return self._pretended
         step: Step | None = compat.forward_context().additional_kwargs.get(_STEP)
         return step
 
@@ -73,19 +99,52 @@ class Serving:
         """Take note of a canary in a layer: served heads ``[T, n * d]``, reused and exact."""
         self._canaries.note(layer, served.source, reused, exact)
 
+    @contextmanager
+    def pretending(self, step: Step) -> Iterator[None]:
+        """Give layers this step, whatever is running."""
+        self._pretended = step
+        try:
+            yield
+        finally:
+            self._pretended = None
+
+    def look_up_in_vain(self, length: int, hidden_size: int) -> None:
+        """Look up a text that is like no other."""
+        assert self._lookups is not None
+        ids = np.random.default_rng().integers(-(2**31), -1, length, dtype=np.int32)
+        sequence = Sequence(0, 0, length, ids)
+        pooled = None
+        if self._lookups.uses_features:
+            pooled = torch.randn(1, self._slots, hidden_size)
+        running = self._lookups.start([sequence], pooled, time.monotonic() + 60)
+        assert running is not None
+        running.result()
+
     def _begin(self, source: compat.MetadataSource, hidden_states: torch.Tensor) -> Step:
         prompts = prompts_of(source)
         self.outcomes.bypass("only a part of the prompt in the step", prompts.ending)
         eligible = [seq for seq in prompts.whole if seq.length >= self._settings.min_tokens]
         short = [seq for seq in prompts.whole if seq.length < self._settings.min_tokens]
         self.outcomes.bypass("shorter than min_tokens", len(short))
-        metrics.MAP_ROWS.labels("computed").inc(self._groups * sum(seq.length for seq in short))
+        dear = [seq for seq in eligible if not self._may_pay(seq.length)]
+        eligible = [seq for seq in eligible if self._may_pay(seq.length)]
+        self.outcomes.bypass("reuse would not pay at its length", len(dear))
+        computed = sum(seq.length for seq in (*short, *dear))
+        metrics.MAP_ROWS.labels("computed").inc(self._groups * computed)
         deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
         lookup, reason = None, None
-        if self._lookups is not None and eligible:
+        looked_up = any(self._may_pay(seq.length, but="template") for seq in eligible)
+        if self._lookups is not None and looked_up:
             lookup = self._start_lookup(self._lookups, eligible, hidden_states, deadline)
             reason = "lookup still running" if lookup is None else None
-        return Step(eligible, lookup, deadline, self._decide, self._canaries.tripped, reason)
+        return Step(eligible, lookup, deadline, self._decide, self._left_out, reason)
+
+    def _may_pay(self, length: int, but: Source | None = None) -> bool:
+        """Whether any source, ``but`` one, would be worth it."""
+        return any(self.costs.worth(source, length) for source in self._sources if source != but)
+
+    def _left_out(self, layer: int, source: Source, length: int) -> bool:
+        return self._canaries.tripped(layer, source) or not self.costs.pays(layer, source, length)
 
     def _start_lookup(
         self,
@@ -107,7 +166,9 @@ class Serving:
     ) -> Decision:
         hits, canaries = {}, {}
         for sequence, match in zip(sequences, found, strict=True):
-            hit = match or template_hit(self._templates, sequence.length)
+            hit = self._worth(match, sequence.length) or self._worth(
+                template_hit(self.templates, sequence.length), sequence.length
+            )
             reused = 0
             if hit is None:
                 self.outcomes.miss(reason or "nothing close enough", 1)
@@ -122,9 +183,12 @@ class Serving:
             metrics.MAP_ROWS.labels("computed").inc(self._groups * sequence.length - reused)
         return Decision(hits, canaries)
 
+    def _worth(self, hit: Hit | None, length: int) -> Hit | None:
+        return hit if hit is not None and self.costs.worth(hit.source, length) else None
+
     def _rows_reused(self, hit: Hit, length: int) -> int:
         return sum(
             served.rows_reused(length)
             for layer, served in hit.served.items()
-            if not self._canaries.tripped(layer, served.source)
+            if not self._left_out(layer, served.source, length)
         )

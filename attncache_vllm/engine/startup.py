@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from attncache_vllm.config import RecordSettings, Settings, load_settings
-from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine import compat, costs, metrics
 from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.eligibility import Reach, reach_of, reaches_of, why_engine_bypassed
 from attncache_vllm.engine.layer import ReuseModule, ReuseScores
 from attncache_vllm.engine.lookups import Lookups
+from attncache_vllm.engine.meter import Meter
 from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
 from attncache_vllm.engine.namespace import namespace_of, weights_fingerprint
 from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, activate
@@ -112,6 +114,10 @@ def _attach_serving(
         # Last, so that it comes before whatever stands around the feature layer's module.
         feature = _feature_module(modules, plan.feature_layer)
         ops.observe_input(feature, serving.observe)
+        if settings.only_where_it_pays:
+            meter = _meter(reusable, plan, store, serving, vllm_config)
+            measure = functools.partial(_measure, meter, serving, plan)
+            compat.call_when_ready(feature.attention, measure)
     else:
         # Nothing will be looked up, but sequences are counted with the reason.
         reason = next((reaches[i].reason for i in plan.reused_layers), None) or "an exact plan"
@@ -131,6 +137,47 @@ def _attach_serving(
         stats.bytes / 2**20,
         settings.resident_mib,
     )
+
+
+def _meter(
+    reusable: list[AttentionModule],
+    plan: Plan,
+    store: LocalStore,
+    serving: Serving,
+    vllm_config: VllmConfig,
+) -> Meter:
+    form = functools.partial(
+        servable,
+        device=_device(reusable),
+        dtype=vllm_config.model_config.dtype,
+        head_size=reusable[0].attention.head_size,
+    )
+    codec = str(store.manifest.build["codec"])
+    return Meter(reusable, plan, serving.templates, codec, form, serving.pretending, vllm_config)
+
+
+def _measure(meter: Meter, serving: Serving, plan: Plan, builders: compat.Builders) -> None:
+    """Find out what reuse costs here, in a few seconds."""
+    started = time.monotonic()
+    config = meter.vllm_config
+    bounds = [
+        int(config.model_config.max_model_len),
+        int(config.scheduler_config.max_num_batched_tokens),
+        *(compat.most_tokens(found.attention, builders[found.name]) for found in meter.layers),
+    ]
+    lengths = costs.lengths_up_to(min(bound for bound in bounds if bound is not None))
+    look_up = None
+    if set(plan.sources) - {"template"}:
+        look_up = functools.partial(serving.look_up_in_vain, hidden_size=_hidden_size(config))
+    try:
+        with torch.inference_mode():
+            serving.costs = meter.measure(builders, lengths, look_up)
+    except Exception:
+        # What it costs is not known then; what it answers is as good as ever.
+        logger.exception("attncache: costs could not be measured, every hit is taken")
+        return
+    taken = time.monotonic() - started
+    logger.info("attncache: %s", costs.log_line(serving.costs, plan.sources, taken))
 
 
 def _treatment(reach: Reach, layer: int, plan: Plan) -> str:
@@ -177,6 +224,7 @@ def _serving(
         projector.slots,
         _feature_module(modules, plan.feature_layer).name,
         groups=namespace.num_layers * namespace.num_kv_heads,
+        sources=tuple(plan.sources),
     )
 
 

@@ -152,8 +152,9 @@ class Decision:
 # Of what the lookup found for each sequence and, if that is nothing for a reason of its own, the
 # reason.
 Decide = Callable[[list[Sequence], list[Hit | None], str | None], Decision]
-# Whether a layer is exact although something would serve it, because of its canaries.
-Tripped = Callable[[int, Source], bool]
+# Whether a layer is exact although something would serve it: because of its canaries, or because it
+# would not pay for a sequence of that length.
+LeftOut = Callable[[int, Source, int], bool]
 
 
 class Step:
@@ -165,7 +166,7 @@ class Step:
         lookup: Future[list[Hit | None]] | None,
         deadline: float,
         decide: Decide,
-        tripped: Tripped,
+        left_out: LeftOut,
         reason: str | None = None,
     ) -> None:
         """``lookup``'s result has the order of ``sequences``; None if nothing was looked up, for
@@ -174,7 +175,8 @@ class Step:
         self._lookup = lookup
         self._deadline = deadline
         self._decide = decide
-        self._tripped = tripped
+        self._left_out = left_out
+        self._lengths = {sequence.row: sequence.length for sequence in sequences}
         self._reason = reason
         self._decision: Decision | None = None
         self._splits: dict[tuple[int, tuple[int, ...]], Split] = {}
@@ -216,7 +218,11 @@ class Step:
 
     def _in_layer(self, layer: int, hits: Mapping[int, Hit]) -> dict[int, Served]:
         served = {row: hit.served[layer] for row, hit in hits.items() if layer in hit.served}
-        return {row: item for row, item in served.items() if not self._tripped(layer, item.source)}
+        return {
+            row: item
+            for row, item in served.items()
+            if not self._left_out(layer, item.source, self._lengths[row])
+        }
 
     def _decided(self) -> Decision:
         if self._decision is None:

@@ -29,6 +29,7 @@ class StandardBuilder:
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
     ) -> None:
         self.given = (kv_cache_spec, layer_names, vllm_config, device)
+        self.kv_cache_spec = kv_cache_spec
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False

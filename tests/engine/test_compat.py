@@ -129,6 +129,7 @@ def test_the_choice_of_another_backend_passes_through_as_it_came(
 ) -> None:
     monkeypatch.setattr(weights, "hook_weight_processing", refuse)
     monkeypatch.setattr(batches, "hook_model_runner", refuse)
+    monkeypatch.setattr(batches, "hook_cache_initialization", refuse)
     monkeypatch.setattr(backend, "wrap_backend", refuse)
     selector = object()
     path = recording.get_attn_backend_cls(selected, selector, num_heads=4)
@@ -185,11 +186,12 @@ def test_our_backend_wraps_what_the_platform_would_have_chosen(
     hooked = []
     monkeypatch.setattr(weights, "hook_weight_processing", lambda: hooked.append("weights"))
     monkeypatch.setattr(batches, "hook_model_runner", lambda: hooked.append("runner"))
+    monkeypatch.setattr(batches, "hook_cache_initialization", lambda: hooked.append("cache"))
     monkeypatch.setattr(backend, "wrap_backend", lambda path: f"wrapped({path})")
     ours = AttentionBackendEnum["ATTNCACHE"]
     assert recording.get_attn_backend_cls(ours, "selector") == "wrapped(standard.Backend1)"
     assert recording.calls == [(type(recording), (None, "selector"), {})]
-    assert hooked == ["weights", "runner"]
+    assert hooked == ["weights", "runner", "cache"]
 
 
 def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_ops(

@@ -22,6 +22,7 @@ from vllm.forward_context import ForwardContext, override_forward_context
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, step
 from attncache_vllm.engine.canary import Canaries
+from attncache_vllm.engine.costs import Cost, Costs
 from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import Hit, Served, Step
 from attncache_vllm.errors import StoreError, StoreTimeout
@@ -97,8 +98,16 @@ def make_serving(
     update = {"min_tokens": 4, "lookup_deadline_ms": 60_000.0, **changes}
     given = Settings(store=Path("maps")).model_copy(update=update)
     any_lookups: Any = lookups
+    sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
     return Serving(
-        any_lookups, templates, canaries or make_canaries(), given, SLOTS, FEATURE_LAYER, GROUPS
+        any_lookups,
+        templates,
+        canaries or make_canaries(),
+        given,
+        SLOTS,
+        FEATURE_LAYER,
+        GROUPS,
+        sources,
     )
 
 
@@ -356,3 +365,51 @@ def test_every_row_of_every_map_counts_once_as_reused_or_computed(data: st.DataO
     assert reused == sum(spares for row, spares in spared.items() if row not in exact)
     assert reused + computed == GROUPS * sum(lengths)
     assert serving.outcomes.sequences.total() == len(lengths)
+
+
+# -- what pays ---------------------------------------------------------------------------------
+
+
+def test_texts_too_short_to_pay_are_bypassed_and_only_those_worth_it_are_looked_up() -> None:
+    lookups = FakeLookups([neighbour()])
+    serving, rows = make_serving(lookups, TEMPLATES), Rows()
+    # From 6 tokens on a template pays in layer 3, from 10 on it does in both, and a lookup as well.
+    serving.costs = Costs(
+        {
+            (1, "template"): [Cost(5, 2, 3), Cost(6, 2, 3), Cost(10, 4, 1)],
+            (3, "template"): [Cost(5, 2, 3), Cost(6, 2, 1), Cost(10, 4, 1)],
+            (2, "neighbour"): [Cost(5, 2, 1), Cost(6, 2, 1), Cost(10, 9, 1)],
+            (4, "neighbour"): [Cost(5, 2, 3), Cost(6, 2, 3), Cost(10, 2, 3)],
+        },
+        lookup=3.0,
+    )
+    found = begin(serving, [5])
+    assert sources_of(found) == [{}] * NUM_LAYERS
+    assert lookups.asked == []
+    assert serving.outcomes.reasons == {"bypass: reuse would not pay at its length": 1}
+    assert rows.since == (0, GROUPS * 5)
+
+    found, rows = begin(serving, [7]), Rows()
+    assert sources_of(found) == [{}, {}, {}, {0: "template"}, {}]
+    assert lookups.asked == []
+    assert rows.since == (2 * 7, (GROUPS - 2) * 7)
+
+    found, rows = begin(serving, [11]), Rows()
+    assert sources_of(found) == [{}, {}, {0: "neighbour"}, {}, {}]
+    assert len(lookups.asked) == 1
+    assert rows.since == (2 * 11, (GROUPS - 2) * 11)
+    assert serving.outcomes.sequences == {"bypass": 1, "hit": 2}
+
+
+def test_what_was_found_for_another_text_of_the_step_serves_only_where_it_pays() -> None:
+    lookups = FakeLookups([neighbour(), neighbour()])
+    serving = make_serving(lookups, TEMPLATES)
+    serving.costs = Costs(
+        {
+            (3, "template"): [Cost(6, 2, 1), Cost(10, 4, 1)],
+            (2, "neighbour"): [Cost(6, 2, 3), Cost(10, 9, 1)],
+        },
+        lookup=3.0,
+    )
+    found = begin(serving, [7, 11])
+    assert sources_of(found) == [{}, {}, {1: "neighbour"}, {0: "template"}, {}]

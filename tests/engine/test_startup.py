@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from attention_samples import (
@@ -24,11 +23,23 @@ from attention_samples import (
     whole,
 )
 from batches import counted, describe, make_builder
+from recorded_stores import (
+    IDS,
+    OTHER,
+    PLAN,
+    RECORD,
+    TEXTS,
+    WHOLE,
+    plan_of,
+    publish,
+    recorded,
+    settings,
+    with_templates,
+)
 from torch import Tensor
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import calibrate, compat, metrics, record
-from attncache_vllm.engine.record import RecorderExtension
 from attncache_vllm.engine.startup import attach, check_before_start, effective_plan
 from attncache_vllm.errors import (
     AttnCacheError,
@@ -37,11 +48,8 @@ from attncache_vllm.errors import (
     StoreDamaged,
     StoreError,
 )
-from attncache_vllm.reuse.codecs import decode_blocks
 from attncache_vllm.reuse.correct import Correction, corrections_to_bytes
 from attncache_vllm.reuse.drift import MIN_CANARIES
-from attncache_vllm.reuse.feature import Projector
-from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.plan import Plan, SourcePlan
 from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store import LocalStore
@@ -50,14 +58,6 @@ from attncache_vllm.store.rearm import rearm
 # The package silences it where it is loaded; pytest has filters of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 
-SLOTS = 4
-TEXTS = [text(seed, length) for seed, length in enumerate((20, 33, 70))]
-OTHER = text(9, 33)
-# Token ids of the texts; no text has one of another.
-IDS = [np.arange(1000 * i, 1000 * i + len(rows), dtype=np.int32) for i, rows in enumerate(TEXTS)]
-LAYOUT = MapLayout(Shape.heads, Shape.kv_heads, Mask())
-PLAN = Plan.reusing(3, 2, (1, 2), max_distance=1e-3)
-RECORD = {"layers": [1, 2], "slots": SLOTS}
 # Of the map, which is kept in bfloat16, in each of two layers.
 TOLERANCE = 4 * 2**-9
 
@@ -66,43 +66,6 @@ TOLERANCE = 4 * 2**-9
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "_active", None)
     metrics.LAYERS.clear()
-
-
-def settings(store: Path, **changes: Any) -> dict[str, Any]:
-    return {"store": str(store), "lookup_deadline_ms": 60_000.0, "min_tokens": 4, **changes}
-
-
-def recorded(path: Path) -> Path:
-    """A store of the maps of ``TEXTS`` in layers 1 and 2, not published yet."""
-    model = make_model()
-    attach(model, make_config(settings(path, record=RECORD)))
-    worker = RecorderExtension()
-    for number, rows in enumerate(TEXTS):
-        run_model(model, [whole(rows)])
-        worker.attncache_commit(IDS[number].tolist())
-    worker.attncache_close()
-    return path
-
-
-def publish(
-    path: Path,
-    plan: Plan = PLAN,
-    hidden_size: int = 48,
-    artifacts: Mapping[str, bytes] | None = None,
-) -> Path:
-    torch.manual_seed(1)
-    projector = Projector(hidden_size, SLOTS, width=32, dim=8)
-    with LocalStore.open(path, writable=True) as store, torch.no_grad():
-        pooled = torch.stack([torch.tensor(found.pooled) for _, found in store.records()])
-        features = torch.zeros(len(pooled), 8) if hidden_size != 48 else projector(pooled)
-        store.publish(
-            plan.to_dict(),
-            projector.to_bytes(),
-            {},
-            features.numpy(),
-            artifacts=dict(artifacts or {}),
-        )
-    return path
 
 
 @pytest.fixture
@@ -218,36 +181,6 @@ def test_the_settings_gate_stands_in_for_the_plans(store: Path) -> None:
 
 
 # -- templates, corrections, alignment, canaries -----------------------------------------------
-
-WHOLE: tuple[tuple[int, ...], ...] = ((), (0, 1), (0, 1))
-
-
-def own_templates(path: Path, number: int) -> Templates:
-    """Of layers 1 and 2, the maps of a recorded text."""
-    with LocalStore.open(path, writable=True) as store:
-        record = dict(store.records())[number]
-    return Templates(
-        {
-            layer: {
-                record.length: decode_blocks(
-                    record.codec, torch.tensor(encoded), LAYOUT, record.length
-                )
-            }
-            for layer, encoded in record.maps.items()
-        }
-    )
-
-
-def plan_of(**parts: SourcePlan) -> Plan:
-    return Plan(0, 3, parts)  # type: ignore[arg-type]
-
-
-def with_templates(path: Path, plan: Plan | None = None, **artifacts: bytes) -> Path:
-    """A store that serves from the maps of the last text as from templates."""
-    recorded(path)
-    templates = own_templates(path, 2).to_bytes()
-    plan = plan or plan_of(template=SourcePlan(WHOLE))
-    return publish(path, plan, artifacts={"templates": templates, **artifacts})
 
 
 def hooked(model: Any) -> list[tuple[bool, bool]]:

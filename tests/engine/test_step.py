@@ -302,7 +302,8 @@ class Deciding:
             {row: hit for row, hit in hits.items() if row % 2},
         )
 
-    def tripped(self, layer: int, source: Source) -> bool:
+    def left_out(self, layer: int, source: Source, length: int) -> bool:
+        assert length == 4
         return (layer, source) in self.trips
 
 
@@ -316,7 +317,7 @@ def make_step(
 ) -> Step:
     sequences = [Sequence(row, 4 * row, 4) for row in rows]
     deadline, deciding = time.monotonic() + seconds, deciding or Deciding()
-    return Step(sequences, lookup, deadline, deciding.decide, deciding.tripped, reason)
+    return Step(sequences, lookup, deadline, deciding.decide, deciding.left_out, reason)
 
 
 def found(*hits: Hit | None) -> Future[list[Hit | None]]:

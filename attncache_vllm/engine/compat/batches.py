@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams 4 and 5: the batch that a forward pass is for."""
+"""Seams 4, 5 and 11: the batch that a forward pass is for, and the moment from which on there can
+be one."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -234,3 +235,99 @@ def _token_ids(row: int, length: int) -> np.ndarray | None:
     # A copy: the lookup reads it beside the forward, and the runner reuses the memory.
     token_ids: np.ndarray = batch.token_ids_cpu[row, :length].astype(np.int32)
     return token_ids
+
+
+# --- Seam 11: the moment from which on layers can run -------------------------------------------
+# Why:      what a layer costs is measured with the engine's own kernels, metadata and KV cache,
+#           before the first request.
+# How:      the runner's method that makes builders and cache is wrapped. What was left on a layer
+#           is called with the builders; a prompt's metadata are made as the runner makes them.
+#           Hooked only in a process that builds an attention layer with our backend selected.
+# Upstream: vllm/v1/worker/gpu_model_runner.py, GPUModelRunner.initialize_kv_cache
+# When:     when vLLM tells plugins that a worker is ready.
+
+Builders = Mapping[str, Any]
+
+
+def call_when_ready(attention: Any, callback: Callable[[Builders], None]) -> None:
+    """Have ``callback`` called with the metadata builders by the names of their layers."""
+    attention.attncache_ready = callback
+
+
+def hook_cache_initialization() -> None:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    original = GPUModelRunner.initialize_kv_cache
+    if getattr(original, "_attncache", False):
+        return
+
+    @functools.wraps(original)
+    def initialize(
+        self: Any, kv_cache_config: Any, is_profiling: bool = False, **kwargs: Any
+    ) -> None:
+        original(self, kv_cache_config, is_profiling, **kwargs)
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        waiting = [layer for layer in layers if hasattr(layer, "attncache_ready")]
+        if is_profiling or not waiting:
+            return
+        builders = {
+            name: group.metadata_builders[0]
+            for groups in self.attn_groups
+            for group in groups
+            for name in group.layer_names
+        }
+        for layer in waiting:
+            layer.attncache_ready(builders)
+
+    initialize._attncache = True  # type: ignore[attr-defined]
+    GPUModelRunner.initialize_kv_cache = initialize
+
+
+def most_tokens(attention: Any, builder: Any) -> int | None:
+    """Tokens of the longest prompt that fits the layer's KV cache; None if it needs none."""
+    cache = attention.kv_cache
+    # Block 0 stands for no block.
+    return (len(cache) - 1) * int(builder.kv_cache_spec.block_size) if cache.ndim > 1 else None
+
+
+def metadata_of_prompt(builder: Any, length: int, device: torch.device) -> Any:
+    """Standard metadata of a batch of one whole prompt, in the first blocks of the cache."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    block = int(builder.kv_cache_spec.block_size)
+    starts = torch.tensor([0, length], dtype=torch.int32)
+    lengths = torch.tensor([length], dtype=torch.int32)
+    positions = torch.arange(length, device=device)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=lengths.to(device),
+        seq_lens_cpu_upper_bound=lengths,
+        num_reqs=1,
+        num_actual_tokens=length,
+        max_query_len=length,
+        max_seq_len=length,
+        block_table_tensor=torch.arange(1, 1 - (-length // block), device=device).int()[None],
+        slot_mapping=positions + block,
+        positions=positions,
+        is_prefilling=torch.tensor([True]),
+    )
+    return build_metadata(MetadataSource(builder, common))
+
+
+@contextmanager
+def forward_of_layer(
+    vllm_config: VllmConfig, layer_name: str, attn_metadata: Any
+) -> Iterator[None]:
+    """Run one attention layer as in a forward pass of these metadata."""
+    from vllm.forward_context import ForwardContext, override_forward_context
+
+    source = metadata_source(attn_metadata)
+    assert source is not None
+    context = ForwardContext(
+        no_compile_layers=vllm_config.compilation_config.static_forward_context,
+        attn_metadata={layer_name: attn_metadata},
+        slot_mapping={layer_name: source.common.slot_mapping},
+    )
+    with override_forward_context(context):
+        yield

@@ -68,7 +68,7 @@ def metadata_of_heads(source: MetadataSource, num_heads: int, num_kv_heads: int)
     """Standard metadata for a layer with so many heads, of the batch that ``source`` describes."""
     builder = copy.copy(source.builder)
     builder.num_heads, builder.num_kv_heads = num_heads, num_kv_heads
-    built = super(type(builder), builder).build(0, source.common)
+    built = builder.build(0, source.common)
     remember_source(built, source)
     return built
 

@@ -118,6 +118,7 @@ def _get_attn_backend_cls(original: Any, selected_backend: Any, *args: Any, **kw
     standard_path = original(None, *args, **kwargs)
     weights.hook_weight_processing()
     batches.hook_model_runner()
+    batches.hook_cache_initialization()
     return wrap_backend(standard_path)
 
 

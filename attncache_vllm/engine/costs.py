@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What it saves to serve a sequence from maps: measured when an engine starts, asked in every step.
+
+A layer takes a map only at lengths at which that was faster there, and a sequence is looked up only
+if what its layers would save is more than a lookup takes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from attncache_vllm.reuse.plan import Source
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one sequence of ``length`` tokens in one layer, in seconds: computed, and served."""
+
+    length: int
+    exact: float
+    reused: float
+
+    @property
+    def saved(self) -> float:
+        """0 where serving is not faster: the layer is computed then."""
+        return max(0.0, self.exact - self.reused)
+
+
+class Costs:
+    """Costs by layer and source. Between two lengths that were measured, those of the shorter one
+    count: what pays there pays behind it as well."""
+
+    def __init__(
+        self, measured: Mapping[tuple[int, Source], Sequence[Cost]], lookup: float = 0.0
+    ) -> None:
+        """``measured`` is ascending by length, ``lookup`` the seconds of a lookup in vain. With
+        nothing measured, everything pays."""
+        self.measured = measured
+        self.lookup = lookup
+        self.lengths = sorted({cost.length for costs in measured.values() for cost in costs})
+        self._pays = {
+            (layer, source, cost.length)
+            for (layer, source), costs in measured.items()
+            for cost in costs
+            if cost.saved
+        }
+        self._saved: dict[tuple[Source, int], float] = {}
+        for (_, source), costs in measured.items():
+            for cost in costs:
+                key = source, cost.length
+                self._saved[key] = self._saved.get(key, 0.0) + cost.saved
+
+    def pays(self, layer: int, source: Source, length: int) -> bool:
+        """Whether the layer is faster with a map for a sequence of ``length`` tokens."""
+        return not self.lengths or (layer, source, self._known(length)) in self._pays
+
+    def worth(self, source: Source, length: int) -> bool:
+        """Whether all layers together save more than it takes to find the map."""
+        if not self.lengths:
+            return True
+        least = 0.0 if source == "template" else self.lookup
+        return self.saved(source, length) > least
+
+    def saved(self, source: Source, length: int) -> float:
+        """Seconds that the layers that pay save together."""
+        return self._saved.get((source, self._known(length)), 0.0)
+
+    def least_length(self, source: Source) -> int | None:
+        """The shortest measured length from which on the source is worth it; None if there is
+        none."""
+        worth = [self.worth(source, length) for length in self.lengths]
+        if not worth or not worth[-1]:
+            return None
+        first = len(worth) - worth[::-1].index(False) if False in worth else 0
+        return self.lengths[first]
+
+    def _known(self, length: int) -> int:
+        return self.lengths[max(0, bisect_right(self.lengths, length) - 1)]
+
+
+def lengths_up_to(longest: int) -> list[int]:
+    """What is measured: powers of two, from where attention is next to nothing to where what pays
+    has shown."""
+    return [length for length in (16, 32, 64, 128, 256, 512, 1024) if length <= longest] or [
+        longest
+    ]
+
+
+def log_line(costs: Costs, sources: Iterable[Source], seconds: float) -> str:
+    """From which length on each source pays."""
+    starts = []
+    for source in sources:
+        least = costs.least_length(source)
+        starts.append(f"{source} never" if least is None else f"{source} from {least} tokens")
+    return (
+        f"reuse pays: {', '.join(starts)} (a lookup takes {costs.lookup * 1e3:.1f} ms; measured in "
+        f"{seconds:.1f} s)"
+    )
