@@ -7,8 +7,11 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import metadata
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -56,7 +59,12 @@ def examine(
     if model is not None:
         checks += _engine(store, model, arguments)
     if costs and store is not None and model is not None:
-        checks += _costs(store, model, arguments)
+        # A process of its own: vLLM keeps parts of the model that was looked into above.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            try:
+                checks += pool.submit(_costs, store, model, list(arguments)).result()
+            except BrokenProcessPool:
+                checks.append(Check("costs", "problem", "the engine ended; the log above says why"))
     return checks
 
 
@@ -174,7 +182,7 @@ def _selected(store: Path, arguments: Sequence[str]) -> list[str]:
     return [*arguments, "--attention-backend", "attncache", "--additional-config", settings]
 
 
-def _costs(store: Path, model: str, arguments: Sequence[str]) -> Iterator[Check]:
+def _costs(store: Path, model: str, arguments: Sequence[str]) -> list[Check]:
     """What an engine measures when it starts."""
     # One process: what it has measured is at hand.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -186,21 +194,21 @@ def _costs(store: Path, model: str, arguments: Sequence[str]) -> Iterator[Check]
     try:
         llm = LLM.from_engine_args(engine_args(model, _selected(store, arguments)))
     except (RuntimeError, ValueError) as error:
-        yield Check("costs", "problem", f"vLLM could not start: {str(error).strip()}")
-        return
+        return [Check("costs", "problem", f"vLLM could not start: {str(error).strip()}")]
     serving = serving_of(llm.llm_engine.vllm_config)
     costs = None if serving is None else serving.costs
     if costs is None or not costs.measured:
-        yield Check("costs", "problem", "nothing was measured; the log above says why")
-        return
-    yield Check("lookup", "info", f"{costs.lookup * 1e3:.2f} ms for one text, found or not")
+        return [Check("costs", "problem", "nothing was measured; the log above says why")]
+    checks = [Check("lookup", "info", f"{costs.lookup * 1e3:.2f} ms for one text, found or not")]
     for source in dict.fromkeys(source for _, source in costs.measured):
         least = costs.least_length(source)
         pays = "never pays" if least is None else f"pays from {least} tokens"
         saved = ", ".join(
             f"{costs.saved(source, length) * 1e3:.2f} ms at {length}" for length in costs.lengths
         )
-        yield Check(f"costs: {source}", "info" if least is None else "ok", f"{pays}; saves {saved}")
+        state: State = "info" if least is None else "ok"
+        checks.append(Check(f"costs: {source}", state, f"{pays}; saves {saved}"))
+    return checks
 
 
 def _layers(config: VllmConfig) -> Iterator[Check]:
