@@ -135,7 +135,7 @@ class AlignedChooser:
                 partial(self._serve, candidate.groups, choose, measured),
             )
 
-        curve = measure_curve(partial(candidates, parcels, self._saving, None), budget, measure)
+        curve = measure_curve(partial(candidates, parcels, self._saving), budget, measure)
         sensitivity = table(damages, self._saving.num_layers)
         chosen: dict[str, Chosen] = {}
         for candidate in best_first(curve, budget):

@@ -61,25 +61,18 @@ class Candidate:
 def candidates(
     parcels: Sequence[tuple[tuple[int, int], ...]],
     saving: SavingModel,
-    base: Candidate | None = None,
     shares: Sequence[float] = SHARES,
 ) -> list[Candidate]:
-    """Nested sets of the first parcels of (layer, KV group), at about ``shares`` of all groups.
-
-    ``base`` is in all of them; parcels that it has parts of are left out.
-    """
-    first = [] if base is None else _items(base.groups)
-    held = set(first)
+    """Nested sets of the first parcels of (layer, KV group), at about ``shares`` of all groups."""
     total = saving.num_layers * next(iter(saving.layouts.values())).num_kv_heads
     found: dict[int, Candidate] = {}
     for share in shares:
-        taken = list(first)
+        taken: list[tuple[int, int]] = []
         for parcel in parcels:
-            if held.isdisjoint(parcel):
-                if len(taken) > len(first) and len(taken) + len(parcel) > round(share * total):
-                    break
-                taken += parcel
-        if len(taken) > len(first) and len(taken) not in found:
+            if taken and len(taken) + len(parcel) > round(share * total):
+                break
+            taken += parcel
+        if taken and len(taken) not in found:
             groups = by_layer(taken)
             whole = sum(len(g) == saving.layouts[i].num_kv_heads for i, g in groups.items())
             found[len(taken)] = Candidate(
@@ -89,10 +82,6 @@ def candidates(
                 saving.share(groups),
             )
     return list(found.values())
-
-
-def _items(groups: Groups) -> list[tuple[int, int]]:
-    return [(layer, group) for layer, of_layer in groups.items() for group in of_layer]
 
 
 def by_layer(items: Sequence[tuple[int, int]]) -> Groups:

@@ -117,7 +117,7 @@ class NeighbourChooser:
         budget = budget.without_task()
         damages, bands = self._damages()
         parcels = by_damage_per_saving(damages, self._saving, whole_layers=True)
-        sets_of = partial(candidates, parcels, self._saving, None)
+        sets_of = partial(candidates, parcels, self._saving)
         tried: list[tuple[float, Near, list[tuple[Candidate, Fidelity]]]] = []
         for near_ in self._gates():
             measured = Measured(self._model, near_.texts)

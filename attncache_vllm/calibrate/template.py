@@ -77,12 +77,9 @@ class TemplateChooser:
                     f"template {candidate.groups}", partial(self._fidelity, candidate)
                 )
 
-            # Whole layers save most. What is left of the budget is filled with single groups.
-            layers = by_damage_per_saving(damages, self._saving, whole_layers=True)
-            curve = measure_curve(partial(candidates, layers, self._saving, None), budget, measure)
-            base = next(iter(best_first(curve, budget)), None)
             groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
-            curve += measure_curve(partial(candidates, groups, self._saving, base), budget, measure)
+            sets_of = partial(candidates, groups, self._saving)
+            curve = measure_curve(sets_of, budget, measure)
 
         def check(candidate: Candidate) -> dict[str, Any] | None:
             if not budget.holds(measure(candidate)):
@@ -93,7 +90,6 @@ class TemplateChooser:
             # The texts that chose it flatter it a little: what they let pass must pass here.
             return report if budget.holds(fidelity) else None
 
-        sets_of = partial(candidates, layers, self._saving, None)
         found = first_that_passes(best_first(curve, budget), sets_of, check)
         if found is None:
             return None

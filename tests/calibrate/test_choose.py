@@ -76,26 +76,6 @@ def test_candidates_are_nested_and_as_large_as_the_shares_of_a_curve(
         assert taken == set(first), "the cheapest first"
 
 
-@given(damages_of_groups, st.integers(0, len(SHARES) - 1))
-def test_a_base_is_in_every_candidate_and_the_rest_is_filled_up_in_order(
-    damages: dict[tuple[int, int], float], which: int
-) -> None:
-    layers = candidates(by_damage_per_saving(damages, SAVING, whole_layers=True), SAVING)
-    base = layers[min(which, len(layers) - 1)]
-    held = members_of(base)
-    parcels = by_damage_per_saving(damages, SAVING, whole_layers=False)
-    rest = [parcel[0] for parcel in parcels if parcel[0] not in held]
-    for item in candidates(parcels, SAVING, base):
-        members = members_of(item)
-        assert held < members
-        assert members - held == set(rest[: len(members) - len(held)])
-    assert bool(candidates(parcels, SAVING, base)) == bool(rest)
-    # Whole layers that the base has a part of are left out as a whole.
-    part = Candidate("", {0: (1,)}, 0.0, 0.0)
-    whole = by_damage_per_saving(damages, SAVING, whole_layers=True)
-    assert all(item.groups[0] == (1,) for item in candidates(whole, SAVING, part))
-
-
 def test_a_first_parcel_is_a_candidate_however_large() -> None:
     parcels = [tuple((0, group) for group in range(2))]
     small = SavingModel({0: MapLayout(4, 2, Mask())}, 16, 4, 1, 20)

@@ -60,7 +60,8 @@ class OnCheck(Budget):
     def holds(self, fidelity: Fidelity) -> bool:
         if id(fidelity) in self.chosen_on:  # type: ignore[attr-defined]
             return True
-        return bool(self.verdicts.pop(0))  # type: ignore[attr-defined]
+        verdicts: list[bool] = self.verdicts  # type: ignore[attr-defined]
+        return verdicts.pop(0) if verdicts else False
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +108,10 @@ def test_what_the_check_refuses_gives_way_to_the_next_smaller_saving(
     found = chooser(SmallModel(), tmp_path).choose(budget)
     assert found is not None
     by_saving = sorted((point["saving"] for point in found.curve), reverse=True)
+    # Sets between it and what was refused are tried as well, and refused here.
     assert found.predicted["saving"] == by_saving[2] < by_saving[0]
-    assert sum(map(len, found.plan.groups)) / (3 * LAYERS) == found.predicted["groups_share"]
+    share = sum(map(len, found.plan.groups)) / (3 * LAYERS)
+    assert found.predicted["groups_share"] == pytest.approx(share, abs=1e-4)
     assert budget.verdicts == []  # type: ignore[attr-defined]
 
 
@@ -194,10 +197,8 @@ def test_two_sets_of_one_name_are_two_trials(
     # Which single groups join whole layers depends on the budget, which a resumed calibration may
     # not share with the one that was cut off.
     every = (0, 1, 2)
-    sets = iter(
-        [[Candidate("one", {1: every}, 0.25, 0.1)], [Candidate("one", {0: every}, 0.25, 0)]]
-    )
-    monkeypatch.setattr(template, "candidates", lambda *arguments: next(sets))
+    sets = [Candidate("one", {1: every}, 0.25, 0.1), Candidate("one", {0: every}, 0.25, 0)]
+    monkeypatch.setattr(template, "candidates", lambda *arguments: sets)
     found = chooser(SmallModel(), tmp_path).choose(EVERYTHING)
     assert found is not None
     cheap, dear = (point["centred_cosine"] for point in found.curve)
