@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from attncache_vllm.calibrate.fidelity import Fidelity
@@ -16,11 +17,13 @@ class Budget:
     Attributes:
         rank: Spearman's correlation of the similarities of all pairs of texts.
         self_retrieval: share of texts that still find themselves among the exact ones.
-        task: how much of a task's own metric may be lost, None if there is no task.
+        task: how much of a task's own metric may be lost.
+
+    What is None is not asked.
     """
 
-    rank: float = 0.99
-    self_retrieval: float = 0.99
+    rank: float | None = 0.99
+    self_retrieval: float | None = 0.99
     task: float | None = None
 
     @classmethod
@@ -45,7 +48,7 @@ class Budget:
                     f"and numbers from 0 to 1, got {part.strip()!r}"
                 )
             given[key] = number
-        return cls(**{"rank": 0.0, "self_retrieval": 0.0, **given})
+        return cls(given.get("rank"), given.get("self_retrieval"), given.get("task"))
 
     def slack(self, fidelity: Fidelity) -> float:
         """How far the worst of the figures is inside the budget; below 0 it is outside.
@@ -53,10 +56,11 @@ class Budget:
         Raises:
             ValueError: the budget is of a task and the fidelity is not.
         """
-        slacks = [
-            fidelity.pairwise_spearman - self.rank,
-            fidelity.self_retrieval - self.self_retrieval,
-        ]
+        slacks = [math.inf]
+        if self.rank is not None:
+            slacks.append(fidelity.pairwise_spearman - self.rank)
+        if self.self_retrieval is not None:
+            slacks.append(fidelity.self_retrieval - self.self_retrieval)
         if self.task is not None:
             if fidelity.task_change is None:
                 raise ValueError("a budget of a task needs the task's metric, got None")
@@ -68,6 +72,7 @@ class Budget:
         return self.slack(fidelity) >= 0
 
     def without_task(self) -> Budget:
-        """For texts that belong to no task: what was not asked is taken at its default."""
-        default = Budget()
-        return Budget(self.rank or default.rank, self.self_retrieval or default.self_retrieval)
+        """For texts that belong to no task: if nothing else was asked, the defaults are."""
+        if self.rank is None and self.self_retrieval is None:
+            return Budget()
+        return Budget(self.rank, self.self_retrieval)

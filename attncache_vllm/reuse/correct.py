@@ -201,7 +201,8 @@ def corrections_from_bytes(
         RecursionError,
     ) as error:
         raise ValueError(
-            f"these are not corrections of a model with {num_heads} heads of {head_size}: "
+            f"these are not corrections of a model with {num_heads} heads of {head_size} and "
+            f"{num_kv_heads} KV heads: "
             f"{error!r}; calibrate again"
         ) from None
     return corrections

@@ -11,10 +11,11 @@ from attncache_vllm.errors import SettingsError
     [
         ("rank=0.95,self-retrieval=0.9", Budget(0.95, 0.9)),
         (" self-retrieval=0.9 , rank=1", Budget(1.0, 0.9)),
-        ("rank=0.5", Budget(0.5, 0.0)),
-        ("self_retrieval=0.5", Budget(0.0, 0.5)),
-        ("task=0.003", Budget(0.0, 0.0, 0.003)),
-        ("rank=0.9,task=0", Budget(0.9, 0.0, 0.0)),
+        ("rank=0.5", Budget(0.5, None)),
+        ("self_retrieval=0.5", Budget(None, 0.5)),
+        ("task=0.003", Budget(None, None, 0.003)),
+        ("rank=0.9,task=0", Budget(0.9, None, 0.0)),
+        ("rank=0", Budget(0.0, None)),
     ],
 )
 def test_a_budget_is_read_and_what_is_left_out_is_not_asked(text: str, budget: Budget) -> None:
@@ -67,7 +68,12 @@ def test_slack_is_that_of_the_worst_figure() -> None:
     assert Budget(0.5, 0.5, 0.1).slack(Fidelity(0.0, 1.0, 1.0, -0.3)) == pytest.approx(-0.2)
 
 
-def test_texts_of_no_task_are_asked_for_the_default() -> None:
-    assert Budget(0.0, 0.0, task=0.01).without_task() == Budget()
-    assert Budget(0.9, 0.0, task=0.01).without_task() == Budget(0.9, 0.99)
+def test_texts_of_no_task_are_asked_for_the_default_if_for_nothing_else() -> None:
+    assert Budget(None, None, task=0.01).without_task() == Budget()
+    assert Budget(0.9, None, task=0.01).without_task() == Budget(0.9, None)
+    assert Budget(0.0, None).without_task() == Budget(0.0, None), "zero was asked"
     assert Budget(0.9, 0.8).without_task() == Budget(0.9, 0.8)
+
+
+def test_a_budget_that_asks_for_nothing_holds_for_anything() -> None:
+    assert Budget(None, None).holds(Fidelity(-1.0, -1.0, 0.0))
