@@ -126,6 +126,23 @@ static int64_t tile_head(const float *probs, int64_t length, float dropped, uint
   return total;
 }
 
+/* Whether every tile begins where the last row of its panel still sees, and no scale, as bits, is
+ * above `largest`: numbers below zero and not finite are. */
+static int sound(const uint16_t *columns, const uint16_t *scales, const uint32_t *panels,
+                 int64_t count, int64_t panels_per_head, int64_t length, int causal,
+                 uint16_t largest) {
+  int fine = 1;
+  for (int64_t panel = 0; panel < count; ++panel) {
+    int64_t last = panel % panels_per_head * ROWS + ROWS - 1;
+    if (!causal || last > length - 1) last = length - 1;
+    for (uint32_t tile = panels[panel]; tile < panels[panel + 1]; ++tile) {
+      fine &= (int64_t)columns[tile] * COLS <= last;
+      for (int row = 0; row < ROWS; ++row) fine &= scales[(size_t)tile * ROWS + row] <= largest;
+    }
+  }
+  return fine;
+}
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -297,10 +314,30 @@ static PyObject *py_tile(PyObject *self, PyObject *args) {
   return tiles < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(tiles);
 }
 
+PyDoc_STRVAR(sound_doc,
+             "sound(columns, scales, panels, count, panels_per_head, length, causal, largest) -> "
+             "bool: whether the tiles of `count` panels may be multiplied; addresses of tensors "
+             "that hold as many tiles as the ascending panels say.");
+static PyObject *py_sound(PyObject *self, PyObject *args) {
+  unsigned long long columns, scales, panels;
+  long long count, panels_per_head, length;
+  int causal, fine;
+  unsigned short largest;
+  if (!PyArg_ParseTuple(args, "KKKLLLpH", &columns, &scales, &panels, &count, &panels_per_head,
+                        &length, &causal, &largest))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  fine = sound((const uint16_t *)(uintptr_t)columns, (const uint16_t *)(uintptr_t)scales,
+               (const uint32_t *)(uintptr_t)panels, count, panels_per_head, length, causal, largest);
+  Py_END_ALLOW_THREADS;
+  return PyBool_FromLong(fine);
+}
+
 static PyMethodDef methods[] = {
     {"supported", py_supported, METH_NOARGS, supported_doc},
     {"multiply", py_multiply, METH_VARARGS, multiply_doc},
     {"tile", py_tile, METH_VARARGS, tile_doc},
+    {"sound", py_sound, METH_VARARGS, sound_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -31,3 +31,14 @@ def tile(
     counts: int,
     /,
 ) -> int: ...
+def sound(
+    columns: int,
+    scales: int,
+    panels: int,
+    count: int,
+    panels_per_head: int,
+    length: int,
+    causal: bool,
+    largest: int,
+    /,
+) -> bool: ...

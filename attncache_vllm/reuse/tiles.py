@@ -308,17 +308,13 @@ def decode_tiles(
         return torch.cat([part[span] for span in picked])
 
     own_columns = of(columns.view(torch.uint16)[:tiles])
-    counts = panels.diff().view(layout.num_kv_heads, own)[list(groups)].flatten()
-    # The product reads no further than the values go: what a causal row cannot see is not there.
-    last_row = torch.arange(panels_of(length)) * ROWS + ROWS - 1
-    seen = last_row.clamp(max=length - 1) if layout.mask.causal else last_row * 0 + length - 1
-    last_column = seen.repeat(len(groups) * layout.group).repeat_interleave(counts)
-    if (own_columns.to(torch.int64) * COLUMNS > last_column).any():
-        raise ValueError(_damaged(layout, length, "a tile that its rows cannot see"))
     own_scales = of(scales.view(torch.bfloat16).view(-1, ROWS))
-    if not bool(((own_scales >= 0) & (own_scales <= _LARGEST_SCALE)).all()):
-        raise ValueError(_damaged(layout, length, "a scale of more than probabilities"))
-    own_panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    counts = panels.diff().view(layout.num_kv_heads, own)[list(groups)].flatten()
+    own_panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.uint32)
+    is_sound = _is_sound if _tiles is None else _is_sound_natively
+    if not is_sound(own_columns, own_scales, own_panels, length, layout.mask.causal):
+        problem = "a tile that its rows cannot see, or a scale of more than probabilities"
+        raise ValueError(_damaged(layout, length, problem))
     own_lse = lse.view(torch.float32).view(layout.num_kv_heads, -1)[list(groups)]
     return TiledMap(
         layout,
@@ -327,8 +323,38 @@ def decode_tiles(
         of(cells.view(-1, ROWS, COLUMNS)),
         own_scales,
         own_columns,
-        own_panels.to(torch.uint32),
+        own_panels,
         own_lse.reshape(-1, length).clone(),
+    )
+
+
+def _is_sound(columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool) -> bool:
+    """Whether the product reads no further than the values go, and every scale is one of
+    probabilities."""
+    last_row = torch.arange(panels_of(length)) * ROWS + ROWS - 1
+    seen = last_row.clamp(max=length - 1) if causal else last_row * 0 + length - 1
+    counts = panels.to(torch.int64).diff()
+    last_column = seen.repeat(len(counts) // len(seen)).repeat_interleave(counts)
+    return bool(
+        (columns.to(torch.int64) * COLUMNS <= last_column).all()
+        and ((scales >= 0) & (scales <= _LARGEST_SCALE)).all()
+    )
+
+
+def _is_sound_natively(
+    columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool
+) -> bool:
+    assert _tiles is not None
+    largest = torch.tensor(_LARGEST_SCALE, dtype=torch.bfloat16).view(torch.int16).item()
+    return _tiles.sound(
+        columns.data_ptr(),
+        scales.data_ptr(),
+        panels.data_ptr(),
+        len(panels) - 1,
+        panels_of(length),
+        length,
+        causal,
+        largest,
     )
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import get_args
 
 import pytest
@@ -272,3 +273,28 @@ def test_tiles_are_a_quarter_of_the_dense_map_and_less_where_little_is_seen() ->
     near[:, rows, (rows - 3).clamp_min(0)] = 1.0
     assert len(encode_tiles(near, lse, layout.mask)) < 0.05 * dense
     assert panels_of(512) * ROWS == 512
+
+
+@pytest.mark.skipif(tiles._tiles is None, reason="no compiled tiles")
+@given(
+    length=st.integers(1, 150),
+    causal=st.booleans(),
+    seed=st.integers(0, 1000),
+    place=st.floats(0, 1, exclude_max=True),
+    column=st.integers(0, 6),
+    scale=st.sampled_from([0.0, 1e-9, 1.5e-5, 1.6e-5, 1.0, -1e-6, math.nan, math.inf]),
+)
+def test_what_is_sound_is_sound_natively(
+    length: int, causal: bool, seed: int, place: float, column: int, scale: float
+) -> None:
+    mask = Mask(causal=causal)
+    draw = torch.Generator().manual_seed(seed)
+    probs = torch.rand(2, length, length, generator=draw) * mask.visible(length)
+    probs /= probs.sum(-1, keepdim=True)
+    _, scales, columns, panels = tiles.tile(probs)
+    given_ = columns, scales, panels, length, causal
+    assert tiles._is_sound(*given_) and tiles._is_sound_natively(*given_)
+    tile = int(place * len(columns))
+    columns[tile] = column
+    scales[tile, seed % 4] = scale
+    assert tiles._is_sound(*given_) == tiles._is_sound_natively(*given_)
