@@ -262,18 +262,19 @@ def test_doctor_exits_1_when_vllm_would_not_find_the_plugin(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (None, None, [])),
-        (["model"], (None, "model", [])),
-        (["--store", "maps", "model"], (Path("maps"), "model", [])),
+        ([], (None, None, [], False)),
+        (["model"], (None, "model", [], False)),
+        (["--store", "maps", "model"], (Path("maps"), "model", [], False)),
         (
             ["model", "--dtype", "half", "--store", "maps", "--no-enable-prefix-caching"],
-            (Path("maps"), "model", ["--dtype", "half", "--no-enable-prefix-caching"]),
+            (Path("maps"), "model", ["--dtype", "half", "--no-enable-prefix-caching"], False),
         ),
-        (["model", "-tp", "2", "--json", "-O3"], (None, "model", ["-tp", "2", "-O3"])),
+        (["model", "-tp", "2", "--json", "-O3"], (None, "model", ["-tp", "2", "-O3"], False)),
         (
             ["model", "--pooler-config.seq_pooling_type=MEAN"],
-            (None, "model", ["--pooler-config.seq_pooling_type=MEAN"]),
+            (None, "model", ["--pooler-config.seq_pooling_type=MEAN"], False),
         ),
+        (["model", "--costs", "--store", "maps"], (Path("maps"), "model", [], True)),
     ],
 )
 def test_doctor_takes_options_it_does_not_know_as_those_of_vllm(

@@ -66,7 +66,7 @@ class BuildOptions:
     min_tokens: int = 16
     max_tokens: int = 512
     max_distance: float = 0.2
-    factory: str = "Flat"
+    factory: str = "auto"
     codec: CodecName = "tiles-u8-lse"
     slots: int = 8
     seed: int = 0

@@ -62,7 +62,13 @@ def build(
             "counts as a hit.",
         ),
     ] = 0.2,
-    factory: Annotated[str, typer.Option(help="faiss index factory string.")] = "Flat",
+    factory: Annotated[
+        str,
+        typer.Option(
+            help="faiss index factory string; `auto` is `Flat` up to 16,384 entries, and beyond an "
+            "inverted file, which may miss a nearest entry."
+        ),
+    ] = "auto",
     codec: Annotated[
         CodecName,
         typer.Option(help="How maps are stored; `visible-bf16-lse` is twice as large and exact."),

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nearest-neighbour search over the features of a store, on top of faiss."""
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,9 +21,25 @@ Ids = NDArray[np.int64]
 # this share; with 50 entries that will do, the direct one takes 0.03 ms, growing proposals 10 ms.
 _RARE = 16
 
+AUTO = "auto"
+# Rows up to which comparing with all of them is fast enough beside a model: `benchmarks/lookup.py`.
+_EXACT_UP_TO = 16_384
+# An inverted file looks through one list in so many.
+_LISTS_PER_PROBE = 64
+
+
+def chosen_factory(factory: str, rows: int) -> str:
+    """``factory``, or what ``auto`` stands for: an exact index, and beyond 16,384 rows an inverted
+    file of about four times as many lists as the square root of the rows."""
+    if factory != AUTO:
+        return factory
+    return "Flat" if rows <= _EXACT_UP_TO else f"IVF{2 ** round(math.log2(4 * rows**0.5))},Flat"
+
 
 def build_index(features: Features, factory: str) -> faiss.Index:
     """Train and fill the faiss index that ``factory`` names (L2) with ``features`` ``[N, F]``.
+
+    An inverted file is set to look through a 64th of its lists, at least one.
 
     Raises:
         StoreError: faiss does not know the factory, or cannot train it with N rows.
@@ -31,6 +48,9 @@ def build_index(features: Features, factory: str) -> faiss.Index:
         index = faiss.index_factory(features.shape[1], factory, faiss.METRIC_L2)
         index.train(features)
         index.add(features)
+        inverted = faiss.try_extract_index_ivf(index)
+        if inverted is not None:
+            inverted.nprobe = max(1, inverted.nlist // _LISTS_PER_PROBE)
     except RuntimeError as error:
         raise StoreError(
             f"the index factory must be one faiss can build from {len(features)} rows, "
@@ -121,10 +141,11 @@ class FeatureIndex:
                 _, proposed = self._index.search(queries[pending], proposals)
             unanswered = []
             for query, ids in zip(pending.tolist(), proposed, strict=True):
+                exhausted = ids[-1] < 0  # there is no more in the lists that were looked through
                 ids = ids[ids >= 0]
                 found = entries.of_entry[ids]
                 ids = ids[(found >= shortest[query]) & (found <= longest[query])]
-                if len(ids) >= wanted[query] or proposals == total:
+                if len(ids) >= wanted[query] or proposals == total or exhausted:
                     ids = ids[: 4 * neighbours]
                     answers[query] = self._nearest(queries[query], ids, entries, neighbours)
                 else:

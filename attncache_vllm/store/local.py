@@ -158,7 +158,7 @@ class LocalStore(StoreReader):
         projector: bytes,
         report: dict[str, Any],
         features: Features,
-        factory: str = "Flat",
+        factory: str = "auto",
         artifacts: Mapping[str, bytes] | None = None,
     ) -> None:
         """Commit, together with what makes every entry findable, replacing what was published.
@@ -168,7 +168,7 @@ class LocalStore(StoreReader):
             projector: the serialised projector the features were made with.
             report: how the training went; plain data, opaque to the store.
             features: float32 ``[entries, F]``, finite, row i that of entry i.
-            factory: faiss index factory string.
+            factory: faiss index factory string, or `auto`: see `chosen_factory`.
             artifacts: further files by name, opaque to the store; a name is letters from a to z.
 
         Raises:

@@ -18,6 +18,7 @@ from attncache_vllm.store.index import (
     FeatureIndex,
     Features,
     build_index,
+    chosen_factory,
     deserialize_index,
     serialize_index,
 )
@@ -71,6 +72,7 @@ def write_published(
     if not np.isfinite(features).all():
         raise StoreError("features must be finite, got NaN or infinity; train again")
     features = np.ascontiguousarray(features, dtype="<f4")
+    factory = chosen_factory(factory, len(features))
     contents = {
         "projector": projector,
         "features": features.tobytes(),
