@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,24 +27,18 @@ SERVE = ("--dtype", "bfloat16")
 RECORDED, CALIBRATED, MEASURED = 64, 400, 200
 BUDGET = Budget(rank=0.9, self_retrieval=0.9)
 # Lists of words: no sentences, which is what the plan was chosen on.
-WORDS = [
-    "cat",
-    "house",
-    "run",
-    "blue",
-    "seven",
-    "quick",
-    "over",
-    "market",
-    "stone",
-    "river",
-    "paper",
-    "light",
-    "dog",
-    "green",
-    "walk",
+# Another language than that of the calibration.
+GERMAN = [
+    "Der Zug nach Hamburg fährt heute von einem anderen Gleis ab.",
+    "Meine Großmutter backt jeden Sonntag einen Kuchen mit Äpfeln.",
+    "Wegen des Regens wurde das Spiel am Abend abgesagt.",
+    "Die Stadt baut im nächsten Jahr eine neue Brücke über den Fluss.",
+    "Kannst du mir bitte sagen, wie spät es gerade ist?",
+    "Im Wald hinter dem Haus leben Füchse und viele Eulen.",
+    "Der Vertrag gilt ab dem ersten März und endet nach zwei Jahren.",
+    "Sie hat gestern ihr Fahrrad in der Werkstatt reparieren lassen.",
 ]
-DRIFT = [" ".join(random.Random(seed).sample(WORDS, 10)) for seed in range(40)]
+DRIFT = 5 * GERMAN
 
 
 @dataclass(frozen=True)
