@@ -200,14 +200,14 @@ def _costs(store: Path, model: str, arguments: Sequence[str]) -> list[Check]:
     if costs is None or not costs.measured:
         return [Check("costs", "problem", "nothing was measured; the log above says why")]
     checks = [Check("lookup", "info", f"{costs.lookup * 1e3:.2f} ms for one text, found or not")]
-    for source in dict.fromkeys(source for _, source in costs.measured):
-        least = costs.least_length(source)
+    for manner in costs.manners:
+        least = costs.least_length(manner)
         pays = "never pays" if least is None else f"pays from {least} tokens"
         saved = ", ".join(
-            f"{costs.saved(source, length) * 1e3:.2f} ms at {length}" for length in costs.lengths
+            f"{costs.saved(manner, length) * 1e3:.2f} ms at {length}" for length in costs.lengths
         )
         state: State = "info" if least is None else "ok"
-        checks.append(Check(f"costs: {source}", state, f"{pays}; saves {saved}"))
+        checks.append(Check(f"costs: {manner}", state, f"{pays}; saves {saved}"))
     return checks
 
 

@@ -8,10 +8,14 @@ if what its layers would save is more than a lookup takes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from attncache_vllm.reuse.plan import Source
+
+# How a map serves: as its source says, or as the text's own, for which nothing is aligned.
+Manner = Source | Literal["own"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +33,11 @@ class Cost:
 
 
 class Costs:
-    """Costs by layer and source. Between two lengths that were measured, those of the shorter one
+    """Costs by layer and manner. Between two lengths that were measured, those of the shorter one
     count: what pays there pays behind it as well."""
 
     def __init__(
-        self, measured: Mapping[tuple[int, Source], Sequence[Cost]], lookup: float = 0.0
+        self, measured: Mapping[tuple[int, Manner], Sequence[Cost]], lookup: float = 0.0
     ) -> None:
         """``measured`` is ascending by length, ``lookup`` the seconds of a lookup in vain. With
         nothing measured, everything pays."""
@@ -41,36 +45,41 @@ class Costs:
         self.lookup = lookup
         self.lengths = sorted({cost.length for costs in measured.values() for cost in costs})
         self._pays = {
-            (layer, source, cost.length)
-            for (layer, source), costs in measured.items()
+            (layer, manner, cost.length)
+            for (layer, manner), costs in measured.items()
             for cost in costs
             if cost.saved
         }
-        self._saved: dict[tuple[Source, int], float] = {}
-        for (_, source), costs in measured.items():
+        self._saved: dict[tuple[Manner, int], float] = {}
+        for (_, manner), costs in measured.items():
             for cost in costs:
-                key = source, cost.length
+                key = manner, cost.length
                 self._saved[key] = self._saved.get(key, 0.0) + cost.saved
 
-    def pays(self, layer: int, source: Source, length: int) -> bool:
-        """Whether the layer is faster with a map for a sequence of ``length`` tokens."""
-        return not self.lengths or (layer, source, self._known(length)) in self._pays
+    @property
+    def manners(self) -> list[Manner]:
+        """Those that were measured."""
+        return list(dict.fromkeys(manner for _, manner in self.measured))
 
-    def worth(self, source: Source, length: int) -> bool:
+    def pays(self, layer: int, manner: Manner, length: int) -> bool:
+        """Whether the layer is faster with a map for a sequence of ``length`` tokens."""
+        return not self.lengths or (layer, manner, self._known(length)) in self._pays
+
+    def worth(self, manner: Manner, length: int) -> bool:
         """Whether all layers together save more than it takes to find the map."""
         if not self.lengths:
             return True
-        least = 0.0 if source == "template" else self.lookup
-        return self.saved(source, length) > least
+        least = 0.0 if manner == "template" else self.lookup
+        return self.saved(manner, length) > least
 
-    def saved(self, source: Source, length: int) -> float:
+    def saved(self, manner: Manner, length: int) -> float:
         """Seconds that the layers that pay save together."""
-        return self._saved.get((source, self._known(length)), 0.0)
+        return self._saved.get((manner, self._known(length)), 0.0)
 
-    def least_length(self, source: Source) -> int | None:
-        """The shortest measured length from which on the source is worth it; None if there is
+    def least_length(self, manner: Manner) -> int | None:
+        """The shortest measured length from which on the manner is worth it; None if there is
         none."""
-        worth = [self.worth(source, length) for length in self.lengths]
+        worth = [self.worth(manner, length) for length in self.lengths]
         if not worth or not worth[-1]:
             return None
         first = len(worth) - worth[::-1].index(False) if False in worth else 0
@@ -88,12 +97,12 @@ def lengths_up_to(longest: int) -> list[int]:
     ]
 
 
-def log_line(costs: Costs, sources: Iterable[Source], seconds: float) -> str:
-    """From which length on each source pays."""
+def log_line(costs: Costs, seconds: float) -> str:
+    """From which length on each manner pays."""
     starts = []
-    for source in sources:
-        least = costs.least_length(source)
-        starts.append(f"{source} never" if least is None else f"{source} from {least} tokens")
+    for manner in costs.manners:
+        least = costs.least_length(manner)
+        starts.append(f"{manner} never" if least is None else f"{manner} from {least} tokens")
     return (
         f"reuse pays: {', '.join(starts)} (a lookup takes {costs.lookup * 1e3:.1f} ms; measured in "
         f"{seconds:.1f} s)"

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from attncache_vllm.engine import compat
-from attncache_vllm.engine.costs import Cost, Costs
+from attncache_vllm.engine.costs import Cost, Costs, Manner
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import Decision, Hit, Served, Step
 from attncache_vllm.engine.step import Sequence as Prompt
@@ -30,7 +30,8 @@ from attncache_vllm.reuse.tiles import TiledMap
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-REPEATS = 5
+# How often a text is timed at most, and the time after which it has been timed enough.
+REPEATS, ENOUGH_SECONDS = 5, 0.25
 # A text that shares tokens with an entry has so many between two edits, and one that shares its
 # beginning has so many of the entry's tokens in each of its own.
 EDIT_EVERY = 20
@@ -78,30 +79,40 @@ class Meter:
             look_up: looks up a text of so many tokens that nothing is like; None without lookups.
         """
         known: dict[tuple[Any, ...], list[Cost]] = {}
-        measured: dict[tuple[int, Source], list[Cost]] = {}
+        measured: dict[tuple[int, Manner], list[Cost]] = {}
         for source, part in self.plan.sources.items():
+            manners: list[Manner] = [source]
+            if source in ("aligned", "prefix"):
+                manners.append("own")
             for found in self.layers:
                 groups = part.groups[found.index]
                 if not groups:
                     continue
                 around = hasattr(found.attention, "attncache_module")
                 corrected = found.index in part.corrected
-                kind = source, found.layout, len(groups), around, corrected
-                if kind not in known:
-                    known[kind] = self._costs(source, found, builders[found.name], lengths)
-                if known[kind]:
-                    measured[found.index, source] = known[kind]
+                for manner in manners:
+                    kind = source, manner, found.layout, len(groups), around, corrected
+                    if kind not in known:
+                        builder = builders[found.name]
+                        known[kind] = self._costs(source, manner, found, builder, lengths)
+                    if known[kind]:
+                        measured[found.index, manner] = known[kind]
         lookup = 0.0
         if look_up is not None and lengths:
             lookup = _seconds(lambda: look_up(lengths[len(lengths) // 2]), _nothing)
         return Costs(measured, lookup)
 
     def _costs(
-        self, source: Source, found: AttentionModule, builder: Any, lengths: Sequence[int]
+        self,
+        source: Source,
+        manner: Manner,
+        found: AttentionModule,
+        builder: Any,
+        lengths: Sequence[int],
     ) -> list[Cost]:
         costs = []
         for length in lengths:
-            served = self._served(source, found, length)
+            served = self._served(source, manner, found, length)
             if served is not None:
                 exact, reused = (
                     self._run(found, builder, length, hits)
@@ -110,14 +121,16 @@ class Meter:
                 costs.append(Cost(length, exact, reused))
         return costs
 
-    def _served(self, source: Source, found: AttentionModule, length: int) -> Served | None:
+    def _served(
+        self, source: Source, manner: Manner, found: AttentionModule, length: int
+    ) -> Served | None:
         """Maps like those that would serve a text of this length."""
         if source == "template":
             maps = self.templates.get(found.index, length)
             return None if maps is None else Served("template", maps)
         stored = self._map(found, length, self.plan.sources[source].groups[found.index])
-        if source == "neighbour":
-            return Served("neighbour", stored)
+        if manner in ("neighbour", "own"):
+            return Served(source, stored)
         window = found.layout.mask.window
         if window is not None and window < length:
             return None
@@ -156,7 +169,7 @@ class Meter:
             None,
             math.inf,
             lambda *asked: Decision(hits, {}),
-            lambda layer, source, length: False,
+            lambda *asked: False,
         )
         with (
             compat.forward_of_layer(self.vllm_config, found.name, metadata),
@@ -174,6 +187,8 @@ def _seconds(run: Callable[[], object], synchronize: Callable[[], None]) -> floa
         run()
         synchronize()
         taken.append(time.perf_counter() - started)
+        if sum(taken) > ENOUGH_SECONDS:
+            break
     return median(taken)
 
 

@@ -15,7 +15,7 @@ import torch
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.canary import Canaries
-from attncache_vllm.engine.costs import Costs
+from attncache_vllm.engine.costs import Costs, Manner
 from attncache_vllm.engine.lookups import Lookups
 from attncache_vllm.engine.step import (
     Decision,
@@ -70,7 +70,9 @@ class Serving:
         self._slots = slots
         self._feature_layer_name = feature_layer_name
         self._groups = groups
-        self._sources = sources
+        self._manners: tuple[Manner, ...] = sources
+        if {"aligned", "prefix"} & set(sources):
+            self._manners = (*sources, "own")
         self._pretended: Step | None = None
         self.costs = Costs({})
         self.outcomes = metrics.Outcomes(settings.log_interval_s)
@@ -139,12 +141,13 @@ class Serving:
             reason = "lookup still running" if lookup is None else None
         return Step(eligible, lookup, deadline, self._decide, self._left_out, reason)
 
-    def _may_pay(self, length: int, but: Source | None = None) -> bool:
-        """Whether any source, ``but`` one, would be worth it."""
-        return any(self.costs.worth(source, length) for source in self._sources if source != but)
+    def _may_pay(self, length: int, but: Manner | None = None) -> bool:
+        """Whether any manner, ``but`` one, would be worth it."""
+        return any(self.costs.worth(manner, length) for manner in self._manners if manner != but)
 
-    def _left_out(self, layer: int, source: Source, length: int) -> bool:
-        return self._canaries.tripped(layer, source) or not self.costs.pays(layer, source, length)
+    def _left_out(self, layer: int, served: Served, length: int) -> bool:
+        tripped = self._canaries.tripped(layer, served.source)
+        return tripped or not self.costs.pays(layer, served.manner, length)
 
     def _start_lookup(
         self,
@@ -184,11 +187,11 @@ class Serving:
         return Decision(hits, canaries)
 
     def _worth(self, hit: Hit | None, length: int) -> Hit | None:
-        return hit if hit is not None and self.costs.worth(hit.source, length) else None
+        return hit if hit is not None and self.costs.worth(hit.manner, length) else None
 
     def _rows_reused(self, hit: Hit, length: int) -> int:
         return sum(
             served.rows_reused(length)
             for layer, served in hit.served.items()
-            if not self._left_out(layer, served.source, length)
+            if not self._left_out(layer, served, length)
         )

@@ -177,7 +177,7 @@ def _measure(meter: Meter, serving: Serving, plan: Plan, builders: compat.Builde
         logger.exception("attncache: costs could not be measured, every hit is taken")
         return
     taken = time.monotonic() - started
-    logger.info("attncache: %s", costs.log_line(serving.costs, plan.sources, taken))
+    logger.info("attncache: %s", costs.log_line(serving.costs, taken))
 
 
 def _treatment(reach: Reach, layer: int, plan: Plan) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.costs import Manner
 from attncache_vllm.errors import StoreTimeout
 from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.maps import AttentionMap
@@ -49,6 +50,12 @@ class Served:
     alignment: Alignment | None = None
 
     @property
+    def manner(self) -> Manner:
+        """What its cost is known under."""
+        own = self.source in ("aligned", "prefix") and self.alignment is None
+        return "own" if own else self.source
+
+    @property
     def all_heads(self) -> bool:
         """Whether every head of the layer is served."""
         return len(self.maps.groups) == self.maps.layout.num_kv_heads
@@ -71,6 +78,12 @@ class Hit:
 
     source: Source
     served: Mapping[int, Served]
+
+    @property
+    def manner(self) -> Manner:
+        """What its saving is known under."""
+        own = all(item.manner == "own" for item in self.served.values())
+        return "own" if own else self.source
 
 
 def template_hit(templates: Templates, length: int) -> Hit | None:
@@ -154,7 +167,7 @@ class Decision:
 Decide = Callable[[list[Sequence], list[Hit | None], str | None], Decision]
 # Whether a layer is exact although something would serve it: because of its canaries, or because it
 # would not pay for a sequence of that length.
-LeftOut = Callable[[int, Source, int], bool]
+LeftOut = Callable[[int, Served, int], bool]
 
 
 class Step:
@@ -221,7 +234,7 @@ class Step:
         return {
             row: item
             for row, item in served.items()
-            if not self._left_out(layer, item.source, self._lengths[row])
+            if not self._left_out(layer, item, self._lengths[row])
         }
 
     def _decided(self) -> Decision:

@@ -345,7 +345,7 @@ def _is_sound_natively(
     columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool
 ) -> bool:
     assert _tiles is not None
-    largest = torch.tensor(_LARGEST_SCALE, dtype=torch.bfloat16).view(torch.int16).item()
+    largest = int(torch.tensor(_LARGEST_SCALE, dtype=torch.bfloat16).view(torch.int16))
     return _tiles.sound(
         columns.data_ptr(),
         scales.data_ptr(),

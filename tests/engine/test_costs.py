@@ -3,11 +3,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attncache_vllm.engine.costs import Cost, Costs, lengths_up_to, log_line
-from attncache_vllm.reuse.plan import Source
+from attncache_vllm.engine.costs import Cost, Costs, Manner, lengths_up_to, log_line
 
 # Two layers: the first pays from 64 tokens, the second from 128.
-MEASURED: dict[tuple[int, Source], list[Cost]] = {
+MEASURED: dict[tuple[int, Manner], list[Cost]] = {
     (1, "template"): [Cost(32, 2, 2), Cost(64, 3, 1), Cost(128, 4, 1)],
     (2, "template"): [Cost(32, 2, 3), Cost(64, 3, 4), Cost(128, 4, 1)],
     (1, "aligned"): [Cost(32, 2, 5), Cost(64, 3, 1), Cost(128, 4, 1)],
@@ -67,12 +66,12 @@ def test_from_its_least_length_on_a_source_is_worth_it_and_just_before_it_is_not
     worth = {length: costs.worth("neighbour", length) for length in lengths}
     if least is None:
         assert not worth[lengths[-1]]
-        assert "neighbour never" in log_line(costs, ["neighbour"], 1.0)
+        assert "neighbour never" in log_line(costs, 1.0)
         return
     assert all(worth[length] for length in lengths if length >= least)
     before = [length for length in lengths if length < least]
     assert not before or not worth[before[-1]]
-    assert f"neighbour from {least} tokens" in log_line(costs, ["neighbour"], 1.0)
+    assert f"neighbour from {least} tokens" in log_line(costs, 1.0)
 
 
 def test_lengths_are_no_longer_than_a_sequence_can_be() -> None:

@@ -76,7 +76,9 @@ def test_every_layer_and_source_is_measured_at_lengths_that_can_come(
         (1, "neighbour"): LONGEST,
         (2, "neighbour"): LONGEST,
         (1, "aligned"): LONGEST,
+        (1, "own"): LONGEST,
         (2, "prefix"): LONGEST,
+        (2, "own"): LONGEST,
     }
     found = serving.costs.measured
     assert {key: [cost.length for cost in costs] for key, costs in found.items()} == {
@@ -85,7 +87,8 @@ def test_every_layer_and_source_is_measured_at_lengths_that_can_come(
     # Whatever is computed of a layer waits for the kernel, and around a module nothing is.
     for costs in found.values():
         assert min(cost.exact for cost in costs) > KERNEL_SECONDS
-    assert max(cost.reused for cost in found[1, "neighbour"]) < KERNEL_SECONDS
+    for around in ((1, "neighbour"), (1, "own"), (2, "own")):
+        assert max(cost.reused for cost in found[around]) < KERNEL_SECONDS
     assert 0 < serving.costs.lookup < 1
     [line] = [m for m in caplog.messages if "reuse pays" in m]
     assert "neighbour from 16 tokens" in line

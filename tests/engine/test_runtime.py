@@ -413,3 +413,14 @@ def test_what_was_found_for_another_text_of_the_step_serves_only_where_it_pays()
     )
     found = begin(serving, [7, 11])
     assert sources_of(found) == [{}, {}, {1: "neighbour"}, {0: "template"}, {}]
+
+
+def test_a_texts_own_map_may_pay_where_an_aligned_one_does_not() -> None:
+    edited = Alignment(8, 8, np.arange(7), np.arange(7))
+    own = Hit("aligned", {2: Served("aligned", make_maps(64))})
+    other = Hit("aligned", {2: Served("aligned", make_maps(64), edited)})
+    serving = make_serving(FakeLookups([own, other]))
+    serving.costs = Costs({(2, "own"): [Cost(8, 2, 1)], (2, "aligned"): [Cost(8, 2, 3)]})
+    found = begin(serving, [8, 8])
+    assert sources_of(found)[2] == {0: "aligned"}
+    assert serving.outcomes.sequences == {"hit": 1, "miss": 1}

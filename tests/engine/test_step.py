@@ -302,9 +302,9 @@ class Deciding:
             {row: hit for row, hit in hits.items() if row % 2},
         )
 
-    def left_out(self, layer: int, source: Source, length: int) -> bool:
+    def left_out(self, layer: int, served: Served, length: int) -> bool:
         assert length == 4
-        return (layer, source) in self.trips
+        return (layer, served.source) in self.trips
 
 
 def make_step(
