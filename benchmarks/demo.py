@@ -171,8 +171,8 @@ def summarise(
         "layers_total": plan.num_layers,
         "max_distance": plan.sources["neighbour"].gate,
         **_times(answered),
-        **_fidelity(answered),
-        "on_hits": {**_times(hits), **_fidelity(hits)} if len(hits) >= 3 else {},
+        **fidelity_of(answered),
+        "on_hits": {**_times(hits), **fidelity_of(hits)} if len(hits) >= 3 else {},
     }
 
 
@@ -185,10 +185,12 @@ def _times(answered: list[Request]) -> dict[str, float]:
     }
 
 
-def _fidelity(answered: list[Request]) -> dict[str, float]:
+def fidelity_of(answered: list[Request]) -> dict[str, float]:
+    """What the answers with reuse keep of the exact ones; a task's metric is not among it."""
     exact = torch.tensor([request.exact for request in answered])
     reused = torch.tensor([request.reuse for request in answered])
-    return {key: round(value, 5) for key, value in asdict(compare(exact, reused)).items()}
+    figures = asdict(compare(exact, reused)).items()
+    return {key: round(value, 5) for key, value in figures if value is not None}
 
 
 def show(report: dict[str, Any]) -> None:
