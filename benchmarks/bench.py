@@ -48,9 +48,7 @@ OWN_MAPS = 0.02
 # The lookup runs beside the first layers, which also tolerate other maps least.
 FIRST_REUSED = 2
 # Tokens of a batch of many, and most sequences of it.
-MANY_TOKENS, MANY = 2048, 8
-# Wakes the cores before an engine's turn, so that none comes to it colder than another.
-WARM_UP_TOKENS = 64
+MANY_TOKENS, MANY = 1024, 8
 console = Console()
 
 
@@ -131,7 +129,6 @@ def measure(
     """Figures of batches of ``size``; each round asks every engine once for every column. Without
     ``rounds`` there are as many as ``budget`` seconds allow."""
     stored, unseen = texts.stored, texts.unseen
-    warm_up = [unseen[0][:WARM_UP_TOKENS]]
     columns = ["standard", "floor", "hit", "cold", "miss", "mixed"]
     seconds: dict[str, list[float]] = {column: [] for column in columns}
     worst, answers = 0.0, {}
@@ -154,8 +151,9 @@ def measure(
         order = columns[number % len(columns) :] + columns[: number % len(columns)]
         for column in order:
             name, batches, hits = asked[column]
-            # Off the clock. Hits have their maps in memory then, and `cold` forgets them again.
-            engines[name].ask(hit if column in ("hit", "mixed") else warm_up)
+            # Off the clock: no engine comes to its turn colder than another. Hits have their maps
+            # in memory then, and `cold` forgets them again.
+            engines[name].ask(hit if column in ("hit", "mixed") else batches[0])
             replies = [engines[name].ask(batch, cold=column == "cold") for batch in batches]
             if (found := sum(reply.hits for reply in replies)) != hits:
                 raise RuntimeError(
