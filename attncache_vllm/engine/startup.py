@@ -160,16 +160,16 @@ def _measure(meter: Meter, serving: Serving, plan: Plan, builders: compat.Builde
     """Find out what reuse costs here, in a few seconds."""
     started = time.monotonic()
     config = meter.vllm_config
-    bounds = [
-        int(config.model_config.max_model_len),
-        int(config.scheduler_config.max_num_batched_tokens),
-        *(compat.most_tokens(found.attention, builders[found.name]) for found in meter.layers),
-    ]
-    lengths = costs.lengths_up_to(min(bound for bound in bounds if bound is not None))
     look_up = None
     if set(plan.sources) - {"template"}:
         look_up = functools.partial(serving.look_up_in_vain, hidden_size=_hidden_size(config))
     try:
+        bounds = [
+            int(config.model_config.max_model_len),
+            int(config.scheduler_config.max_num_batched_tokens),
+            *(compat.most_tokens(found.attention, builders[found.name]) for found in meter.layers),
+        ]
+        lengths = costs.lengths_up_to(min(bound for bound in bounds if bound is not None))
         with torch.inference_mode():
             serving.costs = meter.measure(builders, lengths, look_up)
     except Exception:

@@ -193,7 +193,7 @@ class Step:
         self._reason = reason
         self._decision: Decision | None = None
         self._splits: dict[tuple[int, tuple[int, ...]], Split] = {}
-        self._of_heads: dict[tuple[int, tuple[int, ...] | None, int], Any] = {}
+        self._of_heads: dict[tuple[int, tuple[int, ...] | None, int, int], Any] = {}
 
     def served(self, layer: int) -> dict[int, Served]:
         """What serves the hits in this layer, by row. The first call awaits the lookup."""
@@ -218,7 +218,7 @@ class Step:
     ) -> Any:
         """Metadata of some rows of a batch, or all, for a layer with so many heads; shared by
         layers as the results of :meth:`split` are."""
-        key = (id(attn_metadata), rows, num_kv_heads)
+        key = (id(attn_metadata), rows, num_heads, num_kv_heads)
         if key not in self._of_heads:
             source = compat.metadata_source(attn_metadata)
             assert source is not None

@@ -118,13 +118,14 @@ def test_where_nothing_is_saved_nothing_is_served(tmp_path: Path) -> None:
     assert serving.outcomes.reasons == {"bypass: reuse would not pay at its length": 1}
 
 
+@pytest.mark.parametrize("step", ["metadata_of_prompt", "most_tokens"])
 def test_an_engine_that_cannot_be_measured_takes_every_hit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr("attncache_vllm.engine.compat.metadata_of_prompt", fail)
+    monkeypatch.setattr(f"attncache_vllm.engine.compat.{step}", fail)
     model, serving = started(with_templates(tmp_path / "store"))
     assert "costs could not be measured" in caplog.text
     run_model(model, [whole(text(5, 40))])
