@@ -217,7 +217,7 @@ def texts_of(model: Path, length: int) -> Texts:
     """Texts that have exactly ``length`` tokens, cut out of news."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     stream = tokenizer("\n\n".join(news(2000))).input_ids
-    wanted = 2 if length > 1024 else min(MANY, MANY_TOKENS // length)
+    wanted = max(2, min(MANY, MANY_TOKENS // length))
     found: list[list[int]] = []
     start = 0
     while len(found) < 2 * wanted:
