@@ -38,6 +38,7 @@ from attncache_vllm.calibrate.hits import hits_by_text
 from attncache_vllm.calibrate.measure import Measured
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.pruning import PRUNED_TEXTS, Shares, choose_shares, every_share
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
@@ -58,6 +59,7 @@ GATE_RATES = (0.02, 0.05, 0.1, 0.2)
 # Tokens of the texts that the damage of every single layer is measured on.
 PROBE_TOKENS = 4096
 # Bounds of the texts that are edited.
+FEWEST = 8
 MAX_TEXTS = 256
 MAX_TOKENS = 20_480
 # Bound of the maps held in memory at once.
@@ -115,13 +117,18 @@ class AlignedChooser:
         special = model.special_tokens()
         every = np.unique(np.concatenate(list(vocabulary_of))).tolist()
         self._vocabulary = [token for token in every if token not in special]
-        self._originals = _originals(store, model, seed)
+        self._originals = _originals(store, model, seed, {})
+        self._dropped: Shares = {}
+        if len(self._originals) >= FEWEST:
+            self._dropped = choose_shares(partial(self._errors_at, store))
+            self._originals = []  # before the others: they are large
+            self._originals = _originals(store, model, seed, self._dropped)
 
     def choose(self, budget: Budget) -> dict[str, Chosen]:
         """Plans of the sources ``aligned`` and ``prefix``; none if the store has too few texts."""
-        half = len(self._originals) // 2
-        if half < 4:
+        if len(self._originals) < FEWEST:
             return {}
+        half = len(self._originals) // 2
         budget = budget.without_task()
         choose = self._copies(self._originals[:half], CHOOSE_RATE)
         check = self._originals[half:]
@@ -145,6 +152,7 @@ class AlignedChooser:
                     every_layer(candidate.groups, self._saving.num_layers),
                     gate,
                     errors=self._errors(candidate, choose),
+                    dropped=every_share(self._dropped, candidate.groups, self._saving.num_layers),
                 )
                 chosen["aligned"] = Chosen(plan, sensitivity, points(curve), figures)
                 break
@@ -214,6 +222,16 @@ class AlignedChooser:
         entries = sorted(original.entry_id for original in self._originals)
         return gate, passed, {**kept, **candidate.shares, "rates": rates, "entries": entries}
 
+    def _errors_at(self, store: Path, share: float) -> dict[int, list[float]]:
+        """By layer the errors of a few edited copies when maps lose ``share``."""
+        dropped = dict.fromkeys(self._model.calibrator.layouts, share)
+        originals = _originals(store, self._model, self._seed, dropped, PRUNED_TEXTS)
+        copies = self._copies(originals, CHOOSE_RATE)
+        every = {layer: blocks.groups for layer, blocks in originals[0].maps.items()}
+        with self._model.calibrator.comparing(copies.hits(every)) as errors:
+            self._model.run(copies.texts)
+        return errors
+
     def _errors(self, candidate: Candidate, copies: Copies) -> tuple[tuple[float, float], ...]:
         with self._model.calibrator.comparing(copies.hits(candidate.groups)) as errors:
             self._model.run(copies.texts)
@@ -234,7 +252,9 @@ class AlignedChooser:
         return Copies(texts, alignments, [original.maps for original in originals])
 
 
-def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]:
+def _originals(
+    store: Path, model: CalibratedModel, seed: int, dropped: Shares, limit: int | None = None
+) -> list[Original]:
     """Some of the store's entries, drawn by ``seed``, as far as memory allows."""
     layouts = model.calibrator.layouts
     found: list[Original] = []
@@ -242,12 +262,12 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
         ids = np.random.default_rng(seed).permutation(len(opened.manifest.entries)).tolist()
         held = tokens = 0
         for entry_id in ids:
-            if len(found) == MAX_TEXTS or held > MAX_BYTES or tokens > MAX_TOKENS:
+            if len(found) == (limit or MAX_TEXTS) or held > MAX_BYTES or tokens > MAX_TOKENS:
                 break
             (record,) = opened.load([entry_id], deadline=math.inf)
             if record is None:
                 continue
-            maps = decoded(record, layouts)
+            maps = decoded(record, layouts, dropped)
             tokens += record.length
             if not maps:
                 raise SettingsError(
@@ -260,10 +280,18 @@ def _originals(store: Path, model: CalibratedModel, seed: int) -> list[Original]
     return found
 
 
-def decoded(record: Record, layouts: Mapping[int, MapLayout]) -> dict[int, RowBlocks]:
-    """A record's maps by layer, of those layers that can be calibrated."""
+def decoded(
+    record: Record, layouts: Mapping[int, MapLayout], dropped: Shares
+) -> dict[int, RowBlocks]:
+    """A record's maps by layer, of those layers that can be calibrated, less what they may lose."""
     return {
-        layer: decode_blocks(record.codec, torch.from_numpy(encoded), layouts[layer], record.length)
+        layer: decode_blocks(
+            record.codec,
+            torch.from_numpy(encoded),
+            layouts[layer],
+            record.length,
+            dropped.get(layer, 0.0),
+        )
         for layer, encoded in record.maps.items()
         if layer in layouts
     }

@@ -41,6 +41,7 @@ from attncache_vllm.calibrate.hits import hits_by_text
 from attncache_vllm.calibrate.measure import Measured
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.pruning import PRUNED_TEXTS, Shares, choose_shares, every_share
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
@@ -106,8 +107,13 @@ class NeighbourChooser:
         self._model = model
         self._trials = trials
         self._saving = saving
-        self._choose = near(store, model, choose)
-        self._check = near(store, model, check)
+        whole = near(store, model, choose, {})
+        self._dropped: Shares = {}
+        if len(whole.texts) >= MIN_TEXTS:
+            few = whole.spread(PRUNED_TEXTS).texts[:PRUNED_TEXTS]
+            self._dropped = choose_shares(partial(self._errors_at, store, few))
+        self._choose = near(store, model, choose, self._dropped) if self._dropped else whole
+        self._check = near(store, model, check, self._dropped)
 
     def choose(self, budget: Budget) -> tuple[Chosen | None, list[dict[str, Any]]]:
         """The plan with the largest saving over all texts inside ``budget``, None if there is
@@ -137,7 +143,12 @@ class NeighbourChooser:
             if not budget.holds(fidelity):
                 continue
             groups = every_layer(candidate.groups, self._saving.num_layers)
-            plan = SourcePlan(groups, gate, errors=self._errors(candidate, near_))
+            plan = SourcePlan(
+                groups,
+                gate,
+                errors=self._errors(candidate, near_),
+                dropped=every_share(self._dropped, candidate.groups, self._saving.num_layers),
+            )
             figures = {
                 **report,
                 **candidate.shares,
@@ -199,15 +210,26 @@ class NeighbourChooser:
 
         return self._trials.get(f"neighbour {len(texts.texts)} texts {candidate.groups}", run)
 
+    def _errors_at(
+        self, store: Path, texts: Sequence[Tokens], share: float
+    ) -> dict[int, list[float]]:
+        """By layer the errors of some texts when maps lose ``share``."""
+        dropped = dict.fromkeys(self._model.calibrator.layouts, share)
+        found = near(store, self._model, texts, dropped)
+        every = {layer: blocks.groups for layer, blocks in found.maps[0].items()}
+        with self._model.calibrator.comparing(found.hits(every)) as errors:
+            self._model.run(found.texts)
+        return errors
+
     def _errors(self, candidate: Candidate, texts: Near) -> tuple[tuple[float, float], ...]:
         with self._model.calibrator.comparing(texts.hits(candidate.groups)) as errors:
             self._model.run(texts.texts)
         return error_bands(errors, self._saving.num_layers)
 
 
-def near(store: Path, model: CalibratedModel, texts: Sequence[Tokens]) -> Near:
+def near(store: Path, model: CalibratedModel, texts: Sequence[Tokens], dropped: Shares) -> Near:
     """The nearest entries of texts, of those that have one, nearest first, as far as memory for
-    their maps allows."""
+    their maps, less what these may lose, allows."""
     layouts = model.calibrator.layouts
     causal = all(layout.mask.causal for layout in layouts.values())
     entries: dict[int, Mapping[int, RowBlocks]] = {}
@@ -218,7 +240,7 @@ def near(store: Path, model: CalibratedModel, texts: Sequence[Tokens]) -> Near:
             if match is not None and match.entry_id not in entries and held <= MAX_BYTES:
                 (record,) = opened.load([match.entry_id], deadline=math.inf)
                 if record is not None:
-                    maps = decoded(record, layouts)
+                    maps = decoded(record, layouts, dropped)
                     entries[match.entry_id] = maps
                     held += sum(blocks.nbytes for blocks in maps.values())
             if match is not None and match.entry_id in entries:

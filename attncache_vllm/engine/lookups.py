@@ -18,7 +18,7 @@ from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.step import Hit, Sequence, Served
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment, align
-from attncache_vllm.reuse.codecs import CODECS
+from attncache_vllm.reuse.codecs import CODECS, pruned
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
@@ -226,7 +226,7 @@ class Lookups:
         if codec is None:
             return None
         wanted = [
-            (source, layer, part.groups[layer])
+            (source, layer, part)
             for source, part in self._plan.sources.items()
             if source in sources
             for layer in part.layers
@@ -235,14 +235,17 @@ class Lookups:
         try:
             maps = {
                 (source, layer): self._form(
-                    codec.decode(
-                        torch.from_numpy(record.maps[layer]),
-                        self._layouts[layer],
-                        record.length,
-                        groups,
+                    pruned(
+                        codec.decode(
+                            torch.from_numpy(record.maps[layer]),
+                            self._layouts[layer],
+                            record.length,
+                            part.groups[layer],
+                        ),
+                        part.dropped_in(layer),
                     )
                 )
-                for source, layer, groups in wanted
+                for source, layer, part in wanted
             }
         except KeyError as error:
             compat.warn_once(logger, "a record lacks the map of layer %s", str(error))

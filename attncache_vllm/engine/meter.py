@@ -21,9 +21,9 @@ from attncache_vllm.engine.step import Decision, Hit, Served, Step
 from attncache_vllm.engine.step import Sequence as Prompt
 from attncache_vllm.reuse.align import align
 from attncache_vllm.reuse.apply import exact_map
-from attncache_vllm.reuse.codecs import CODECS
+from attncache_vllm.reuse.codecs import CODECS, pruned
 from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
-from attncache_vllm.reuse.plan import Plan, Source
+from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.template import Templates
 from attncache_vllm.reuse.tiles import TiledMap
 
@@ -89,9 +89,9 @@ class Meter:
                 if not groups:
                     continue
                 around = hasattr(found.attention, "attncache_module")
-                corrected = found.index in part.corrected
+                treated = found.index in part.corrected, part.dropped_in(found.index)
                 for manner in manners:
-                    kind = source, manner, found.layout, len(groups), around, corrected
+                    kind = source, manner, found.layout, len(groups), around, treated
                     if kind not in known:
                         builder = builders[found.name]
                         known[kind] = self._costs(source, manner, found, builder, lengths)
@@ -128,7 +128,7 @@ class Meter:
         if source == "template":
             maps = self.templates.get(found.index, length)
             return None if maps is None else Served("template", maps)
-        stored = self._map(found, length, self.plan.sources[source].groups[found.index])
+        stored = self._map(found, length, self.plan.sources[source])
         if manner in ("neighbour", "own"):
             return Served(source, stored)
         window = found.layout.mask.window
@@ -141,7 +141,7 @@ class Meter:
             tokens[EDIT_EVERY // 2 :: EDIT_EVERY] += length
         return Served(source, stored, align(tokens, entry))
 
-    def _map(self, found: AttentionModule, length: int, groups: tuple[int, ...]) -> AttentionMap:
+    def _map(self, found: AttentionModule, length: int, part: SourcePlan) -> AttentionMap:
         """A map of queries and keys that were drawn: about as peaked as real ones."""
         layout, size = found.layout, found.attention.head_size
         draw = torch.Generator().manual_seed(0)
@@ -149,9 +149,9 @@ class Meter:
         key = torch.randn(length, layout.num_kv_heads, size, generator=draw)
         probs, lse = exact_map(2 * query, key, size**-0.5, layout.mask)
         codec = CODECS[self.codec]
-        return self.form(
-            codec.decode(codec.encode(probs, lse, layout.mask), layout, length, groups)
-        )
+        encoded = codec.encode(probs, lse, layout.mask)
+        stored = codec.decode(encoded, layout, length, part.groups[found.index])
+        return self.form(pruned(stored, part.dropped_in(found.index)))
 
     def _run(
         self, found: AttentionModule, builder: Any, length: int, hits: Mapping[int, Hit]

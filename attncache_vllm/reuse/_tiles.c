@@ -34,29 +34,84 @@ static uint16_t nearest_bfloat16(float number) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+static float from_bfloat16(uint16_t number) {
+  uint32_t bits = (uint32_t)number << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
 typedef struct {
-  float mass[ROWS], largest[ROWS], worst;
+  float mass[ROWS], largest[ROWS];
   int kept;
 } TileSums;
 
+/* Decides which of a panel's `count` tiles are kept: the smallest go, as long as no row loses more
+ * than `dropped` of what it has beside its largest probability. `grown` is what the rows of the rest
+ * are scaled by to keep their sums. */
+static void choose_kept(TileSums *sums, int64_t count, float dropped, int32_t *order, float *worst,
+                        float *grown) {
+  float whole[ROWS] = {0}, largest[ROWS] = {0}, left[ROWS] = {0}, gone = 0;
+  int64_t seen = 0;
+  for (int64_t tile = 0; tile < count; ++tile)
+    for (int row = 0; row < ROWS; ++row) {
+      whole[row] += sums[tile].mass[row];
+      if (sums[tile].largest[row] > largest[row]) largest[row] = sums[tile].largest[row];
+    }
+  for (int64_t tile = 0; tile < count; ++tile) {
+    worst[tile] = 0;
+    for (int row = 0; row < ROWS; ++row) {
+      float share = sums[tile].mass[row] / (whole[row] - largest[row] + LEAST);
+      worst[tile] = share > worst[tile] ? share : worst[tile];
+    }
+    sums[tile].kept = worst[tile] > 0;
+    if (!sums[tile].kept) continue;
+    int64_t place = seen++; /* insertion, the smallest first */
+    for (; place > 0 && worst[order[place - 1]] > worst[tile]; --place)
+      order[place] = order[place - 1];
+    order[place] = (int32_t)tile;
+  }
+  for (int64_t place = 0; place < seen; ++place) {
+    gone += worst[order[place]];
+    if (gone > dropped) break;
+    sums[order[place]].kept = 0;
+  }
+  for (int64_t tile = 0; tile < count; ++tile)
+    if (sums[tile].kept)
+      for (int row = 0; row < ROWS; ++row) left[row] += sums[tile].mass[row];
+  for (int row = 0; row < ROWS; ++row) grown[row] = left[row] > 0 ? whole[row] / left[row] : 1;
+}
+
+/* Room to decide about the tiles of a panel, for at most so many; all NULL without memory. */
+typedef struct {
+  TileSums *sums;
+  int32_t *order;
+  float *worst;
+} Room;
+
+static int make_room(Room *room, int64_t tiles) {
+  room->sums = malloc(tiles * sizeof *room->sums);
+  room->order = malloc(tiles * sizeof *room->order);
+  room->worst = malloc(tiles * sizeof *room->worst);
+  return room->sums && room->order && room->worst;
+}
+
+static void free_room(Room *room) {
+  free(room->sums);
+  free(room->order);
+  free(room->worst);
+}
+
 /* Tiles of the rows from `first` on of a head [length, length]; returns how many are kept. */
 static int64_t tile_panel(const float *probs, int64_t length, int64_t first, float dropped,
-                          TileSums *sums, int32_t *order, uint8_t *cells, uint16_t *scales,
-                          uint16_t *columns) {
+                          Room *room, uint8_t *cells, uint16_t *scales, uint16_t *columns) {
   int64_t rows = length - first < ROWS ? length - first : ROWS, wide = (length + COLS - 1) / COLS;
-  float whole[ROWS] = {0}, largest_of[ROWS] = {0}, left[ROWS] = {0}, grown[ROWS];
-  int64_t seen = 0, kept = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const float *from = probs + (first + row) * length;
-    for (int64_t column = 0; column < length; ++column) {
-      whole[row] += from[column];
-      largest_of[row] = from[column] > largest_of[row] ? from[column] : largest_of[row];
-    }
-  }
+  TileSums *sums = room->sums;
+  float grown[ROWS];
+  int64_t kept = 0;
   for (int64_t tile = 0; tile < wide; ++tile) {
-    TileSums *own = sums + tile;
     int64_t start = tile * COLS, stop = start + COLS < length ? start + COLS : length;
-    memset(own, 0, sizeof *own);
+    memset(sums + tile, 0, sizeof *sums);
     for (int64_t row = 0; row < rows; ++row) {
       const float *from = probs + (first + row) * length;
       float mass = 0, largest = 0;
@@ -64,28 +119,11 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
         mass += from[column];
         largest = from[column] > largest ? from[column] : largest;
       }
-      own->mass[row] = mass;
-      own->largest[row] = largest;
-      float share = mass / (whole[row] - largest_of[row] + LEAST);
-      own->worst = share > own->worst ? share : own->worst;
+      sums[tile].mass[row] = mass;
+      sums[tile].largest[row] = largest;
     }
-    own->kept = own->worst > 0;
-    if (!own->kept) continue;
-    int64_t place = seen++; /* insertion, the smallest first */
-    for (; place > 0 && sums[order[place - 1]].worst > own->worst; --place)
-      order[place] = order[place - 1];
-    order[place] = (int32_t)tile;
   }
-  float gone = 0;
-  for (int64_t place = 0; place < seen; ++place) {
-    gone += sums[order[place]].worst;
-    if (gone > dropped) break;
-    sums[order[place]].kept = 0;
-  }
-  for (int64_t tile = 0; tile < wide; ++tile)
-    if (sums[tile].kept)
-      for (int row = 0; row < ROWS; ++row) left[row] += sums[tile].mass[row];
-  for (int row = 0; row < ROWS; ++row) grown[row] = left[row] > 0 ? whole[row] / left[row] : 1;
+  choose_kept(sums, wide, dropped, room->order, room->worst, grown);
   for (int64_t tile = 0; tile < wide; ++tile) {
     if (!sums[tile].kept) continue;
     int64_t start = tile * COLS, stop = start + COLS < length ? start + COLS : length;
@@ -110,24 +148,60 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
 static int64_t tile_head(const float *probs, int64_t length, float dropped, uint8_t *cells,
                          uint16_t *scales, uint16_t *columns, int64_t *counts) {
   int64_t wide = (length + COLS - 1) / COLS, panels = (length + ROWS - 1) / ROWS, total = 0;
-  TileSums *sums = malloc(wide * sizeof *sums);
-  int32_t *order = malloc(wide * sizeof *order);
-  if (sums && order)
+  Room room;
+  if (make_room(&room, wide))
     for (int64_t panel = 0; panel < panels; ++panel) {
-      counts[panel] =
-          tile_panel(probs, length, panel * ROWS, dropped, sums, order,
-                     cells + total * ROWS * COLS, scales + total * ROWS, columns + total);
+      counts[panel] = tile_panel(probs, length, panel * ROWS, dropped, &room,
+                                 cells + total * ROWS * COLS, scales + total * ROWS, columns + total);
       total += counts[panel];
     }
   else
     total = -1;
-  free(sums);
-  free(order);
+  free_room(&room);
   return total;
 }
 
-/* Whether every tile begins where the last row of its panel still sees, and no scale, as bits, is
- * above `largest`: numbers below zero and not finite are. */
+/* Drops tiles of `count` panels in place, each of at most `wide`, and moves the rest together;
+ * returns how many are left, -1 without memory. */
+static int64_t prune(uint8_t *cells, uint16_t *scales, uint16_t *columns, uint32_t *panels,
+                     int64_t count, int64_t wide, float dropped) {
+  Room room;
+  int64_t left = make_room(&room, wide) ? 0 : -1;
+  uint32_t start = 0;
+  for (int64_t panel = 0; left >= 0 && panel < count; ++panel) {
+    uint32_t stop = panels[panel + 1];
+    float grown[ROWS];
+    for (uint32_t tile = start; tile < stop; ++tile)
+      for (int row = 0; row < ROWS; ++row) {
+        const uint8_t *from = cells + ((size_t)tile * ROWS + row) * COLS;
+        uint32_t squares = 0, largest = 0;
+        for (int column = 0; column < COLS; ++column) {
+          uint32_t cell = from[column];
+          squares += cell * cell;
+          largest = cell > largest ? cell : largest;
+        }
+        float scale = from_bfloat16(scales[(size_t)tile * ROWS + row]);
+        room.sums[tile - start].mass[row] = scale * (float)squares;
+        room.sums[tile - start].largest[row] = scale * (float)(largest * largest);
+      }
+    choose_kept(room.sums, stop - start, dropped, room.order, room.worst, grown);
+    for (uint32_t tile = start; tile < stop; ++tile) {
+      if (!room.sums[tile - start].kept) continue;
+      memmove(cells + (size_t)left * ROWS * COLS, cells + (size_t)tile * ROWS * COLS, ROWS * COLS);
+      for (int row = 0; row < ROWS; ++row)
+        scales[left * ROWS + row] =
+            nearest_bfloat16(from_bfloat16(scales[(size_t)tile * ROWS + row]) * grown[row]);
+      columns[left++] = columns[tile];
+    }
+    start = stop;
+    panels[panel + 1] = (uint32_t)left;
+  }
+  free_room(&room);
+  return left;
+}
+
+/* Whether no panel has more tiles than its rows see, every tile begins where the last of them still
+ * sees, and no scale, as bits, is above `largest`: numbers below zero and not finite are. */
 static int sound(const uint16_t *columns, const uint16_t *scales, const uint32_t *panels,
                  int64_t count, int64_t panels_per_head, int64_t length, int causal,
                  uint16_t largest) {
@@ -135,6 +209,7 @@ static int sound(const uint16_t *columns, const uint16_t *scales, const uint32_t
   for (int64_t panel = 0; panel < count; ++panel) {
     int64_t last = panel % panels_per_head * ROWS + ROWS - 1;
     if (!causal || last > length - 1) last = length - 1;
+    fine &= (int64_t)panels[panel + 1] - panels[panel] <= last / COLS + 1;
     for (uint32_t tile = panels[panel]; tile < panels[panel + 1]; ++tile) {
       fine &= (int64_t)columns[tile] * COLS <= last;
       for (int row = 0; row < ROWS; ++row) fine &= scales[(size_t)tile * ROWS + row] <= largest;
@@ -314,6 +389,23 @@ static PyObject *py_tile(PyObject *self, PyObject *args) {
   return tiles < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(tiles);
 }
 
+PyDoc_STRVAR(prune_doc,
+             "prune(cells, scales, columns, panels, count, wide, dropped) -> int: drop tiles of "
+             "`count` panels in place, each of at most `wide`; how many are left.");
+static PyObject *py_prune(PyObject *self, PyObject *args) {
+  unsigned long long cells, scales, columns, panels;
+  long long count, wide, left;
+  float dropped;
+  if (!PyArg_ParseTuple(args, "KKKKLLf", &cells, &scales, &columns, &panels, &count, &wide,
+                        &dropped))
+    return NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  left = prune((uint8_t *)(uintptr_t)cells, (uint16_t *)(uintptr_t)scales,
+               (uint16_t *)(uintptr_t)columns, (uint32_t *)(uintptr_t)panels, count, wide, dropped);
+  Py_END_ALLOW_THREADS;
+  return left < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(left);
+}
+
 PyDoc_STRVAR(sound_doc,
              "sound(columns, scales, panels, count, panels_per_head, length, causal, largest) -> "
              "bool: whether the tiles of `count` panels may be multiplied; addresses of tensors "
@@ -337,6 +429,7 @@ static PyMethodDef methods[] = {
     {"supported", py_supported, METH_NOARGS, supported_doc},
     {"multiply", py_multiply, METH_VARARGS, multiply_doc},
     {"tile", py_tile, METH_VARARGS, tile_doc},
+    {"prune", py_prune, METH_VARARGS, prune_doc},
     {"sound", py_sound, METH_VARARGS, sound_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -31,6 +31,16 @@ def tile(
     counts: int,
     /,
 ) -> int: ...
+def prune(
+    cells: int,
+    scales: int,
+    columns: int,
+    panels: int,
+    count: int,
+    wide: int,
+    dropped: float,
+    /,
+) -> int: ...
 def sound(
     columns: int,
     scales: int,

@@ -55,13 +55,20 @@ def servable_template(
     return blocks.to(device)
 
 
-def decode_blocks(codec: str, payload: Tensor, layout: MapLayout, length: int) -> RowBlocks:
-    """A whole stored map as dense blocks, whatever its encoding.
+def pruned(stored: RowBlocks | TiledMap, dropped: float) -> RowBlocks | TiledMap:
+    """A stored map less what a plan lets it lose; dense blocks have no tiles to lose, and stay."""
+    return stored.pruned(dropped) if isinstance(stored, TiledMap) else stored
+
+
+def decode_blocks(
+    codec: str, payload: Tensor, layout: MapLayout, length: int, dropped: float = 0.0
+) -> RowBlocks:
+    """A whole stored map, pruned, as dense blocks, whatever its encoding.
 
     Raises:
         ValueError: the codec is unknown, or the payload is not such a map.
     """
     if codec not in CODECS:
         raise ValueError(f"a map's codec must be one of {sorted(CODECS)}, got {codec!r}")
-    stored = CODECS[codec].decode(payload, layout, length, None)
+    stored = pruned(CODECS[codec].decode(payload, layout, length, None), dropped)
     return stored if isinstance(stored, RowBlocks) else stored.to_blocks()

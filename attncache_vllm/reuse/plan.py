@@ -33,6 +33,8 @@ class SourcePlan:
         errors: per layer mean and standard deviation of the relative error of a text's served
             heads when the layer's input is exact, as calibration measured it; canaries compare
             with it. Empty where nothing was measured.
+        dropped: per layer the share of what a row has beside its largest probability that its map
+            may lose to be smaller and faster (see `TiledMap.pruned`); empty is none anywhere.
 
     Raises:
         ValueError: numbers out of order or range, or a corrected layer that serves nothing.
@@ -42,6 +44,7 @@ class SourcePlan:
     gate: float = 0.0
     corrected: tuple[int, ...] = ()
     errors: tuple[tuple[float, float], ...] = ()
+    dropped: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for layer, groups in enumerate(self.groups):
@@ -69,6 +72,18 @@ class SourcePlan:
                 "errors must be a mean and a standard deviation for each layer, finite and >= 0, "
                 f"got {self.errors!r}; calibrate again"
             )
+        if self.dropped and (
+            len(self.dropped) != len(self.groups)
+            or not all(_is_measure(share) and share < 1 for share in self.dropped)
+        ):
+            raise ValueError(
+                f"dropped must be a share below 1 for each layer, got {self.dropped!r}; "
+                "calibrate again"
+            )
+
+    def dropped_in(self, layer: int) -> float:
+        """The share that maps of the layer may lose."""
+        return self.dropped[layer] if self.dropped else 0.0
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -165,6 +180,7 @@ class Plan:
             fields["groups"] = [list(groups) for groups in part.groups]
             fields["corrected"] = list(part.corrected)
             fields["errors"] = [list(pair) for pair in part.errors]
+            fields["dropped"] = list(part.dropped)
             sources[source] = fields
         return {
             "feature_layer": self.feature_layer,
@@ -187,12 +203,15 @@ class Plan:
             )
         sources = {}
         for source, part in fields["sources"].items():
-            given = _fields(f"source {source!r}", part, {"groups", "gate", "corrected", "errors"})
+            given = _fields(
+                f"source {source!r}", part, {"groups", "gate", "corrected", "errors", "dropped"}
+            )
             sources[source] = SourcePlan(
                 tuple(_numbers("KV groups", item) for item in _list("groups", given["groups"])),
                 given["gate"],
                 _numbers("corrected layers", given["corrected"]),
                 tuple(tuple(_list("a layer's error", e)) for e in _list("errors", given["errors"])),
+                tuple(_list("dropped", given["dropped"])),
             )
         return cls(fields["feature_layer"], fields["num_layers"], sources)
 

@@ -15,8 +15,9 @@ With ``m`` the largest probability of a tile's row, the error of a probability `
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -118,6 +119,15 @@ class TiledMap:
             probs = held[:, :, start:stop, first:last].contiguous()
             blocks.append(RowBlock(start, stop, first, last, probs))
         return RowBlocks(self.layout, self.length, self.groups, tuple(blocks), self.lse)
+
+    def pruned(self, dropped: float) -> TiledMap:
+        """The same map without the tiles that together hold least: at most the share `dropped`, 0
+        to 1, of what any of their rows has beside its largest probability. What is left of a row is
+        scaled to its old sum."""
+        if not dropped:
+            return self
+        prune = _prune if _tiles is None else _prune_natively
+        return replace(self, **prune(self, dropped))
 
     def _held(self) -> Tensor:
         """`[len(groups) * G, length, length]` float32."""
@@ -242,6 +252,50 @@ def _tile_head(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, T
     return cells[kept], kept_scales, columns, kept.sum(-1)
 
 
+def _prune_natively(tiles: TiledMap, dropped: float) -> dict[str, Tensor]:
+    assert _tiles is not None
+    parts = tiles.cells.clone(), tiles.scales.clone(), tiles.columns.clone()
+    panels = tiles.panels.clone()
+    left = _tiles.prune(
+        *(part.data_ptr() for part in parts),
+        panels.data_ptr(),
+        len(panels) - 1,
+        -(-tiles.length // COLUMNS),
+        dropped,
+    )
+    # Copies again: a part of a tensor would keep the memory of all of it.
+    cells, scales, columns = (part[:left].clone() for part in parts)
+    return {"cells": cells, "scales": scales, "columns": columns, "panels": panels}
+
+
+def _prune(tiles: TiledMap, dropped: float) -> dict[str, Tensor]:
+    scales = tiles.scales.float()
+    probs = tiles.cells.float().square() * scales[..., None]
+    mass, largest = probs.sum(-1), probs.amax(-1)  # [T, 4]
+    counts = tiles.panels.to(torch.int64).diff()
+    panel = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    whole = torch.zeros(len(counts), ROWS).index_add_(0, panel, mass)
+    top = torch.zeros(len(counts), ROWS)
+    np.maximum.at(top.numpy(), panel.numpy(), largest.numpy())
+    worst = (mass / (whole - top + _LEAST)[panel]).amax(-1)
+    order = worst.argsort(stable=True)
+    order = order[panel[order].argsort(stable=True)]  # panel by panel, the smallest first
+    reached = worst[order].double().cumsum(0)
+    before = torch.cat([reached.new_zeros(1), reached])[(counts.cumsum(0) - counts)[panel]]
+    kept = torch.empty_like(worst, dtype=torch.bool)
+    kept[order] = reached - before > dropped
+    left = torch.zeros_like(whole).index_add_(0, panel[kept], mass[kept])
+    grown = torch.where(left > 0, whole / left.clamp_min(1e-30), 1.0)
+    ends = torch.zeros_like(counts).index_add_(0, panel[kept], torch.ones_like(panel[kept]))
+    panels = torch.cat([torch.zeros(1, dtype=torch.int64), ends.cumsum(0)]).to(torch.uint32)
+    return {
+        "cells": tiles.cells[kept],
+        "scales": (scales * grown[panel])[kept].to(torch.bfloat16),
+        "columns": tiles.columns.to(torch.int64)[kept].to(torch.uint16),
+        "panels": panels,
+    }
+
+
 def encode_tiles(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:
     """Encode a map: log-sum-exps, panels, columns, scales and cells, in this order.
 
@@ -329,14 +383,15 @@ def decode_tiles(
 
 
 def _is_sound(columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool) -> bool:
-    """Whether the product reads no further than the values go, and every scale is one of
-    probabilities."""
+    """Whether no panel has more tiles than its rows see, the product reads no further than the
+    values go, and every scale is one of probabilities."""
     last_row = torch.arange(panels_of(length)) * ROWS + ROWS - 1
     seen = last_row.clamp(max=length - 1) if causal else last_row * 0 + length - 1
     counts = panels.to(torch.int64).diff()
-    last_column = seen.repeat(len(counts) // len(seen)).repeat_interleave(counts)
+    last = seen.repeat(len(counts) // len(seen))
     return bool(
-        (columns.to(torch.int64) * COLUMNS <= last_column).all()
+        (counts <= last // COLUMNS + 1).all()
+        and (columns.to(torch.int64) * COLUMNS <= last.repeat_interleave(counts)).all()
         and ((scales >= 0) & (scales <= _LARGEST_SCALE)).all()
     )
 

@@ -108,11 +108,12 @@ def test_the_gate_is_the_largest_novelty_up_to_which_the_budget_holds(
         seen.append(made.novelties)
         return made
 
-    monkeypatch.setattr(AlignedChooser, "_copies", copies)
     model = SmallModel()
+    chooses = chooser(model, stores[True], tmp_path)
+    monkeypatch.setattr(AlignedChooser, "_copies", copies)
     sets = 4  # nested sets of whole layers, asked for the gaps between them and for the best
     budget = Scripted(*[True] * 2 * sets, True, True, False)
-    chosen = chooser(model, stores[True], tmp_path).choose(budget)["aligned"]
+    chosen = chooses.choose(budget)["aligned"]
     assert budget.verdicts == []  # type: ignore[attr-defined]
     assert len(chosen.curve) == sets
     # Copies to choose on, then those of every rate up to the one that was refused.
@@ -142,8 +143,9 @@ def test_texts_that_set_the_gate_did_not_choose(
         used.append({original.tokens.tobytes() for original in originals})
         return copies_of(self, originals, rate)
 
+    chooses = chooser(SmallModel(), stores[True], tmp_path)
     monkeypatch.setattr(AlignedChooser, "_copies", copies)
-    chooser(SmallModel(), stores[True], tmp_path).choose(GENEROUS)
+    chooses.choose(GENEROUS)
     chose, *checked = used
     assert len(chose) == len(STORED) // 2
     assert all(part == checked[0] for part in checked)
@@ -213,17 +215,17 @@ def test_memory_bounds_how_many_originals_are_held(
     stores: dict[bool, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = SmallModel()
-    every = aligned._originals(stores[True], model, 0)
+    every = aligned._originals(stores[True], model, 0, {})
     assert {found.tokens.tobytes() for found in every} == {ids.tobytes() for ids in STORED}
     assert [found.tokens.tobytes() for found in every] != [ids.tobytes() for ids in STORED]
     monkeypatch.setattr(aligned, "MAX_TEXTS", 5)
-    assert len(aligned._originals(stores[True], model, 0)) == 5
+    assert len(aligned._originals(stores[True], model, 0, {})) == 5
     length = len(STORED[0])
     monkeypatch.setattr(aligned, "MAX_TOKENS", 3 * length)
-    assert len(aligned._originals(stores[True], model, 0)) in (3, 4)
+    assert len(aligned._originals(stores[True], model, 0, {})) in (3, 4)
     size = sum(blocks.nbytes for blocks in every[0].maps.values())
     monkeypatch.setattr(aligned, "MAX_BYTES", size)
-    assert len(aligned._originals(stores[True], model, 0)) in (1, 2)
+    assert len(aligned._originals(stores[True], model, 0, {})) in (1, 2)
 
 
 def test_a_damaged_entry_is_left_out(tmp_path: Path) -> None:
@@ -233,5 +235,5 @@ def test_a_damaged_entry_is_left_out(tmp_path: Path) -> None:
     data = bytearray(segment.read_bytes())
     data[-1] ^= 1
     segment.write_bytes(data)
-    found = aligned._originals(store, model, 0)
+    found = aligned._originals(store, model, 0, {})
     assert {item.tokens.tobytes() for item in found} == {ids.tobytes() for ids in STORED[:8]}

@@ -56,7 +56,7 @@ def test_texts_come_in_the_order_of_their_distances_with_the_maps_of_their_entri
     store: Path,
 ) -> None:
     model: Any = SmallModel()
-    found = near(store, model, texts(0))
+    found = near(store, model, texts(0), {})
     assert found.distances == sorted(found.distances)
     assert {ids.tobytes() for ids in found.texts} == {ids.tobytes() for ids in texts(0)}
     # The six that are stored are nearest, each to its own entry.
@@ -66,7 +66,7 @@ def test_texts_come_in_the_order_of_their_distances_with_the_maps_of_their_entri
         torch.testing.assert_close(maps[2].to_dense().float(), probs, atol=1e-2, rtol=0)
     assert found.distances[5] < found.distances[6]
     # An entry must be long enough, and memory bounds how many are held.
-    assert near(store, model, [sample_text(0, 25)]).texts == []
+    assert near(store, model, [sample_text(0, 25)], {}).texts == []
 
 
 def test_memory_bounds_the_entries_that_are_held(
@@ -74,13 +74,13 @@ def test_memory_bounds_the_entries_that_are_held(
 ) -> None:
     model: Any = SmallModel()
     monkeypatch.setattr(neighbour, "MAX_BYTES", 0)
-    held = near(store, model, texts(0))
+    held = near(store, model, texts(0), {})
     assert len({id(maps) for maps in held.maps}) == 1
 
 
 def test_a_gate_keeps_the_nearest(store: Path) -> None:
     model: Any = SmallModel()
-    found = near(store, model, texts(0))
+    found = near(store, model, texts(0), {})
     assert found.within(found.distances[5]).distances == found.distances[:6]
     assert found.within(-1.0).texts == []
     spread = found.spread(4)
@@ -120,7 +120,7 @@ def test_a_narrow_gate_serves_more_layers_where_wide_ones_are_too_far(
     found, _ = NeighbourChooser(model, store, choose, check, trials, model.saving()).choose(BUDGET)
     assert found is not None
     assert found.plan.layers == tuple(range(LAYERS))
-    assert found.plan.gate == pytest.approx(near(store, model, choose).distances[8], abs=1e-4)
+    assert found.plan.gate == pytest.approx(near(store, model, choose, {}).distances[8], abs=1e-4)
     assert found.predicted["served_share"] == 0.75
 
 

@@ -29,6 +29,7 @@ from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, nearest
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.sketch import sketch
+from attncache_vllm.reuse.tiles import encode_tiles
 from attncache_vllm.store import MAX_LENGTH, Neighbour, Overlap, Record, StoreStats, token_hash
 
 CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
@@ -376,6 +377,27 @@ def test_only_the_kv_groups_of_the_plan_are_decoded() -> None:
     assert hit is not None
     assert hit.served[2].maps.groups == (1,)
     assert lookups.resident.stats().bytes == hit.served[2].maps.nbytes
+
+
+def test_a_layer_loses_of_its_maps_what_its_source_may() -> None:
+    # One column holds all: of the others the tiles may go.
+    probs = torch.full((4, 64, 64), 1e-4).tril()
+    probs[:, :, 0] = 1 - probs[:, :, 1:].sum(-1)
+    encoded = encode_tiles(probs, make_lse(4, CAUSAL), CAUSAL.mask).numpy()
+    record = replace(RECORDS[4], codec="tiles-u8-lse", maps={2: encoded, 3: encoded})
+    groups: Groups = ((), (), (0, 1), (0, 1))
+    part = SourcePlan(groups, GATE, dropped=(0.0, 0.0, 0.0, 0.6))
+    store = FakeStore([near(4)])
+    store.records[4] = record
+    lookups = make_lookups(
+        store, Plan(0, NUM_LAYERS, {"neighbour": part}), layouts={2: CAUSAL, 3: CAUSAL}
+    )
+    [hit] = look_up(lookups, [20])
+    lookups._thread.shutdown()
+    assert hit is not None
+    whole, less = (hit.served[layer].maps.to_dense() for layer in (2, 3))
+    assert (whole[:, 63, 33] > 0).all() and (less[:, 63, 33] == 0).all()
+    assert (less[:, 63, 0] > 0.99).all()
 
 
 # -- entries that share tokens -----------------------------------------------------------------

@@ -20,7 +20,11 @@ def parts(draw: st.DrawFn, num_layers: int) -> SourcePlan:
     served = [i for i, own in enumerate(layers) if own]
     corrected = tuple(sorted(draw(st.sets(st.sampled_from(served)))))
     errors = tuple(draw(st.tuples(measures, measures)) for _ in range(num_layers))
-    return SourcePlan(layers, draw(measures), corrected, draw(st.sampled_from([(), errors])))
+    errors = draw(st.sampled_from([(), errors]))
+    dropped = tuple(draw(st.floats(0, 0.99)) for _ in range(num_layers))
+    return SourcePlan(
+        layers, draw(measures), corrected, errors, draw(st.sampled_from([(), dropped]))
+    )
 
 
 @st.composite
@@ -120,7 +124,12 @@ def of_source(name: str) -> dict[str, Any]:
         (part_with(crop=False), "exactly the keys"),
         (part_with(groups=None), "groups must be a list"),
         (part_with(groups="none"), "groups must be a list"),
-        (part_with(groups=[[], [0]], corrected=[], errors=[]), "of each of 3 layers"),
+        (part_with(groups=[[], [0]], corrected=[], errors=[], dropped=[]), "of each of 3 layers"),
+        (part_with(dropped=None), "dropped must be a list"),
+        (part_with(dropped=[0.1]), "dropped must be a share below 1 for each layer"),
+        (part_with(dropped=[0.1, 0.1, 1.0]), "dropped must be a share below 1"),
+        (part_with(dropped=[0.1, 0.1, -0.1]), "dropped must be a share below 1"),
+        (part_with(dropped=[0.1, 0.1, "0"]), "dropped must be a share below 1"),
         (part_with(groups=[[], [], []], corrected=[]), "serve at least one"),
         (part_with(groups=[[], None, [0]]), "KV groups must be a list"),
         (part_with(groups=[[], [0, "1"], [0]]), "KV groups must be integers"),

@@ -104,6 +104,49 @@ def test_compiled_or_not_the_tiles_are_the_same(
         assert (cells.int() - expected[0].int()).abs().max() <= 1
 
 
+@given(masks, lengths, seeds, st.sampled_from([0.02, 0.1, 0.5]))
+@settings(max_examples=60, deadline=None)
+def test_pruning_takes_no_more_of_a_row_than_allowed_and_keeps_its_sum(
+    mask: Mask, length: int, seed: int, dropped: float
+) -> None:
+    layout, probs = sample(mask, length, seed)
+    every = tiled(layout, probs)
+    few = every.pruned(dropped)
+    before, after = every._held(), few._held()
+    assert len(few.columns) <= len(every.columns) and few.nbytes <= every.nbytes
+    gone = (before * (after == 0)).sum(-1)
+    # Scales are rounded to 1 in 128.
+    assert (gone <= (dropped + 0.01) * (before.sum(-1) - before.amax(-1)) + 1e-3).all()
+    torch.testing.assert_close(after.sum(-1), before.sum(-1), atol=0.02, rtol=0)
+    assert few.pruned(0.0) is few
+
+
+@given(masks, lengths, seeds, st.sampled_from([0.02, 0.1, 0.5]))
+@settings(max_examples=60, deadline=None)
+@pytest.mark.skipif(tiles._tiles is None, reason="no compiled tiles")
+def test_compiled_or_not_the_same_tiles_are_pruned(
+    mask: Mask, length: int, seed: int, dropped: float
+) -> None:
+    layout, probs = sample(mask, length, seed)
+    every = tiled(layout, probs, (1,))
+    found, expected = tiles._prune_natively(every, dropped), tiles._prune(every, dropped)
+    for name in ("panels", "columns", "cells"):
+        assert torch.equal(found[name], expected[name]), name
+    torch.testing.assert_close(
+        found["scales"].float(), expected["scales"].float(), atol=0, rtol=2**-7
+    )
+
+
+def test_a_panel_with_more_tiles_than_its_rows_see_is_refused() -> None:
+    """Whoever prunes has room for as many as there can be."""
+    layout, probs = sample(Mask(causal=False), 64, 0, kv_heads=1)
+    tiles_of = tiled(layout, probs)
+    for is_sound in (tiles._is_sound, *([tiles._is_sound_natively] if tiles._tiles else [])):
+        counts = torch.tensor([0, 3] + [3] * (len(tiles_of.panels) - 2)).to(torch.uint32)
+        columns, scales = tiles_of.columns[:3].clone(), tiles_of.scales[:3]
+        assert not is_sound(columns, scales, counts, 64, causal=False)
+
+
 def test_what_the_first_token_leaves_over_is_kept_though_it_be_little() -> None:
     """Its value is often near zero: then the others' few percent are the whole answer."""
     layout, probs = sample(Mask(), 300, 4)
