@@ -145,7 +145,7 @@ class Calibrator:
                 own = hidden_states[sequence.start : sequence.start + sequence.length]
                 pooled = pool_tokens(own, self._slots).to("cpu", torch.float16).float()
                 self._pooled[sequence.token_ids.tobytes()] = pooled
-        step = Step(sequences, None, math.inf, self._decide, lambda *asked: False)
+        step = Step(sequences, None, math.inf, self._decide, lambda layer, served: served)
         compat.forward_context().additional_kwargs[_STEP] = (step, sequences)
 
     def current(self) -> Step | None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it saves to serve a sequence from maps: measured when an engine starts, asked in every step.
 
-A layer takes a map only at lengths at which that was faster there, and a sequence is looked up only
-if what its layers would save is more than a lookup takes.
+A layer takes a map only at lengths at which that was faster there; in a batch that has to be parted
+for it, only if all that is served there saves more than the parting costs. A sequence is looked up
+only if what its layers would save is more than a lookup takes.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ Manner = Source | Literal["own"]
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one sequence of ``length`` tokens in one layer, in seconds: computed, and served."""
+    """Of one sequence of ``length`` tokens in one layer, in seconds: computed, and served; and what
+    a batch of it and another, as long and computed, costs more for being parted."""
 
     length: int
     exact: float
     reused: float
+    parting: float = 0.0
 
     @property
     def saved(self) -> float:
@@ -44,11 +47,10 @@ class Costs:
         self.measured = measured
         self.lookup = lookup
         self.lengths = sorted({cost.length for costs in measured.values() for cost in costs})
-        self._pays = {
-            (layer, manner, cost.length)
+        self._costs = {
+            (layer, manner, cost.length): cost
             for (layer, manner), costs in measured.items()
             for cost in costs
-            if cost.saved
         }
         self._saved: dict[tuple[Manner, int], float] = {}
         for (_, manner), costs in measured.items():
@@ -63,7 +65,27 @@ class Costs:
 
     def pays(self, layer: int, manner: Manner, length: int) -> bool:
         """Whether the layer is faster with a map for a sequence of ``length`` tokens."""
-        return not self.lengths or (layer, manner, self._known(length)) in self._pays
+        if not self.lengths:
+            return True
+        cost = self._costs.get((layer, manner, self._known(length)))
+        return cost is not None and cost.saved > 0
+
+    def pays_in_batch(self, layer: int, served: Sequence[tuple[Manner, int]], tokens: int) -> bool:
+        """Whether sequences that pay by themselves, ``served`` by manner and length, do so in a
+        batch of ``tokens`` tokens, of which the layer computes the rest."""
+        alone = sum(length for _, length in served) >= tokens
+        if alone or not served or not self.lengths:
+            return True
+        saved = sum(
+            self._costs[layer, manner, self._known(length)].saved for manner, length in served
+        )
+        return saved > max(self._parting(layer, manner, tokens) for manner, _ in served)
+
+    def _parting(self, layer: int, manner: Manner, tokens: int) -> float:
+        """In proportion to the nearest batch that was measured."""
+        costs = self.measured[layer, manner]
+        nearest = costs[max(0, bisect_right([cost.length for cost in costs], tokens // 2) - 1)]
+        return nearest.parting * tokens / (2 * nearest.length)
 
     def worth(self, manner: Manner, length: int) -> bool:
         """Whether all layers together save more than it takes to find the map."""

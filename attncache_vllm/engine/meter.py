@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ class Meter:
         self,
         builders: Mapping[str, Any],
         lengths: Sequence[int],
+        most_tokens: int,
         look_up: Callable[[int], object] | None,
     ) -> Costs:
         """Costs at some lengths, ascending.
@@ -75,7 +77,8 @@ class Meter:
 
         Args:
             builders: of attention metadata, by the name of the layer.
-            lengths: in tokens; as many sequences' keys and values fit the cache.
+            lengths: in tokens.
+            most_tokens: of a batch, whose keys and values must fit the cache.
             look_up: looks up a text of so many tokens that nothing is like; None without lookups.
         """
         known: dict[tuple[Any, ...], list[Cost]] = {}
@@ -94,7 +97,9 @@ class Meter:
                     kind = source, manner, found.layout, len(groups), around, treated
                     if kind not in known:
                         builder = builders[found.name]
-                        known[kind] = self._costs(source, manner, found, builder, lengths)
+                        known[kind] = self._costs(
+                            source, manner, found, builder, lengths, most_tokens
+                        )
                     if known[kind]:
                         measured[found.index, manner] = known[kind]
         lookup = 0.0
@@ -109,16 +114,21 @@ class Meter:
         found: AttentionModule,
         builder: Any,
         lengths: Sequence[int],
+        most_tokens: int,
     ) -> list[Cost]:
-        costs = []
+        costs: list[Cost] = []
         for length in lengths:
             served = self._served(source, manner, found, length)
-            if served is not None:
-                exact, reused = (
-                    self._run(found, builder, length, hits)
-                    for hits in ({}, {0: Hit(source, {found.index: served})})
-                )
-                costs.append(Cost(length, exact, reused))
+            if served is None:
+                continue
+            hits = {0: Hit(source, {found.index: served})}
+            run = partial(self._run, found, builder, length)
+            exact, reused = run(1, {}), run(1, hits)
+            if 2 * length <= most_tokens:
+                parting = run(2, hits) - run(2, {}) + exact - reused
+            else:
+                parting = 2 * costs[-1].parting if costs else 0.0
+            costs.append(Cost(length, exact, reused, max(0.0, parting)))
         return costs
 
     def _served(
@@ -154,22 +164,30 @@ class Meter:
         return self.form(pruned(stored, part.dropped_in(found.index)))
 
     def _run(
-        self, found: AttentionModule, builder: Any, length: int, hits: Mapping[int, Hit]
+        self,
+        found: AttentionModule,
+        builder: Any,
+        length: int,
+        count: int,
+        hits: Mapping[int, Hit],
     ) -> float:
+        """Seconds of the layer for ``count`` sequences, of which ``hits`` are served."""
         assert found.inputs is not None
         parameter: torch.Tensor = next(found.module.parameters())
         device, config = parameter.device, self.vllm_config.model_config
-        hidden = torch.randn(length, config.get_hidden_size(), device=device).to(config.dtype)
+        hidden = torch.randn(count * length, config.get_hidden_size(), device=device).to(
+            config.dtype
+        )
         given = {found.inputs.hidden: hidden}
         if found.inputs.positions is not None:
-            given[found.inputs.positions] = torch.arange(length, device=device)
-        metadata = compat.metadata_of_prompt(builder, length, device)
+            given[found.inputs.positions] = torch.arange(length, device=device).repeat(count)
+        metadata = compat.metadata_of_prompts(builder, count, length, device)
         step = Step(
-            [Prompt(0, 0, length)],
+            [Prompt(row, row * length, length) for row in range(count)],
             None,
             math.inf,
             lambda *asked: Decision(hits, {}),
-            lambda *asked: False,
+            lambda layer, served: served,
         )
         with (
             compat.forward_of_layer(self.vllm_config, found.name, metadata),

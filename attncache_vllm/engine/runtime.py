@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,13 @@ from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.costs import Costs, Manner
 from attncache_vllm.engine.lookups import Lookups
 from attncache_vllm.engine.step import (
+    Choose,
     Decision,
     Hit,
     Sequence,
     Served,
     Step,
+    in_layer,
     prompts_of,
     template_hit,
 )
@@ -139,15 +142,26 @@ class Serving:
         if self._lookups is not None and looked_up:
             lookup = self._start_lookup(self._lookups, eligible, hidden_states, deadline)
             reason = "lookup still running" if lookup is None else None
-        return Step(eligible, lookup, deadline, self._decide, self._left_out, reason)
+        lengths = {sequence.row: sequence.length for sequence in eligible}
+        choose = partial(self._choose, lengths, source.common.num_actual_tokens)
+        return Step(eligible, lookup, deadline, partial(self._decide, choose), choose, reason)
 
     def _may_pay(self, length: int, but: Manner | None = None) -> bool:
         """Whether any manner, ``but`` one, would be worth it."""
         return any(self.costs.worth(manner, length) for manner in self._manners if manner != but)
 
-    def _left_out(self, layer: int, served: Served, length: int) -> bool:
-        tripped = self._canaries.tripped(layer, served.source)
-        return tripped or not self.costs.pays(layer, served.manner, length)
+    def _choose(
+        self, lengths: Mapping[int, int], tokens: int, layer: int, served: dict[int, Served]
+    ) -> dict[int, Served]:
+        """What serves a layer of a batch of ``tokens`` tokens, of what could, by row."""
+        paying = {
+            row: item
+            for row, item in served.items()
+            if not self._canaries.tripped(layer, item.source)
+            and self.costs.pays(layer, item.manner, lengths[row])
+        }
+        asked = [(item.manner, lengths[row]) for row, item in paying.items()]
+        return paying if self.costs.pays_in_batch(layer, asked, tokens) else {}
 
     def _start_lookup(
         self,
@@ -165,14 +179,17 @@ class Serving:
         return lookups.start(sequences, pooled, deadline)
 
     def _decide(
-        self, sequences: list[Sequence], found: list[Hit | None], reason: str | None
+        self,
+        choose: Choose,
+        sequences: list[Sequence],
+        found: list[Hit | None],
+        reason: str | None,
     ) -> Decision:
         hits, canaries = {}, {}
         for sequence, match in zip(sequences, found, strict=True):
             hit = self._worth(match, sequence.length) or self._worth(
                 template_hit(self.templates, sequence.length), sequence.length
             )
-            reused = 0
             if hit is None:
                 self.outcomes.miss(reason or "nothing close enough", 1)
             elif self._canaries.draw():
@@ -181,17 +198,15 @@ class Serving:
             else:
                 hits[sequence.row] = hit
                 self.outcomes.hit(hit.source)
-                reused = self._rows_reused(hit, sequence.length)
-            metrics.MAP_ROWS.labels("reused").inc(reused)
-            metrics.MAP_ROWS.labels("computed").inc(self._groups * sequence.length - reused)
+        lengths = {sequence.row: sequence.length for sequence in sequences}
+        reused = sum(
+            item.rows_reused(lengths[row])
+            for layer in {layer for hit in hits.values() for layer in hit.served}
+            for row, item in choose(layer, in_layer(hits, layer)).items()
+        )
+        metrics.MAP_ROWS.labels("reused").inc(reused)
+        metrics.MAP_ROWS.labels("computed").inc(self._groups * sum(lengths.values()) - reused)
         return Decision(hits, canaries)
 
     def _worth(self, hit: Hit | None, length: int) -> Hit | None:
         return hit if hit is not None and self.costs.worth(hit.manner, length) else None
-
-    def _rows_reused(self, hit: Hit, length: int) -> int:
-        return sum(
-            served.rows_reused(length)
-            for layer, served in hit.served.items()
-            if not self._left_out(layer, served, length)
-        )

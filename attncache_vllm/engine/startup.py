@@ -170,8 +170,9 @@ def _measure(meter: Meter, serving: Serving, plan: Plan, builders: compat.Builde
             *(compat.most_tokens(found.attention, builders[found.name]) for found in meter.layers),
         ]
         lengths = costs.lengths_up_to(min(bound for bound in bounds if bound is not None))
+        most_tokens = min(bound for bound in bounds[1:] if bound is not None)
         with torch.inference_mode():
-            serving.costs = meter.measure(builders, lengths, look_up)
+            serving.costs = meter.measure(builders, lengths, most_tokens, look_up)
     except Exception:
         # What it costs is not known then; what it answers is as good as ever.
         logger.exception("attncache: costs could not be measured, every hit is taken")

@@ -86,6 +86,11 @@ class Hit:
         return "own" if own else self.source
 
 
+def in_layer(hits: Mapping[int, Hit], layer: int) -> dict[int, Served]:
+    """What would serve hits in a layer, by row."""
+    return {row: hit.served[layer] for row, hit in hits.items() if layer in hit.served}
+
+
 def template_hit(templates: Templates, length: int) -> Hit | None:
     """What templates serve of a sequence of ``length`` tokens."""
     served = {
@@ -165,9 +170,8 @@ class Decision:
 # Of what the lookup found for each sequence and, if that is nothing for a reason of its own, the
 # reason.
 Decide = Callable[[list[Sequence], list[Hit | None], str | None], Decision]
-# Whether a layer is exact although something would serve it: because of its canaries, or because it
-# would not pay for a sequence of that length.
-LeftOut = Callable[[int, Served, int], bool]
+# Which rows a layer takes from what would serve it: not all, where canaries or costs speak against.
+Choose = Callable[[int, dict[int, Served]], dict[int, Served]]
 
 
 class Step:
@@ -179,7 +183,7 @@ class Step:
         lookup: Future[list[Hit | None]] | None,
         deadline: float,
         decide: Decide,
-        left_out: LeftOut,
+        choose: Choose,
         reason: str | None = None,
     ) -> None:
         """``lookup``'s result has the order of ``sequences``; None if nothing was looked up, for
@@ -188,8 +192,7 @@ class Step:
         self._lookup = lookup
         self._deadline = deadline
         self._decide = decide
-        self._left_out = left_out
-        self._lengths = {sequence.row: sequence.length for sequence in sequences}
+        self._choose = choose
         self._reason = reason
         self._decision: Decision | None = None
         self._splits: dict[tuple[int, tuple[int, ...]], Split] = {}
@@ -230,12 +233,7 @@ class Step:
         return self._of_heads[key]
 
     def _in_layer(self, layer: int, hits: Mapping[int, Hit]) -> dict[int, Served]:
-        served = {row: hit.served[layer] for row, hit in hits.items() if layer in hit.served}
-        return {
-            row: item
-            for row, item in served.items()
-            if not self._left_out(layer, item, self._lengths[row])
-        }
+        return self._choose(layer, in_layer(hits, layer))
 
     def _decided(self) -> Decision:
         if self._decision is None:

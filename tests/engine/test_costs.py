@@ -52,6 +52,21 @@ def test_a_source_is_worth_it_if_its_layers_save_more_than_the_lookup_takes() ->
     assert not Costs(MEASURED).worth("template", 32), "what saves nothing is not worth it"
 
 
+def test_a_batch_is_parted_only_for_more_than_that_costs() -> None:
+    kinds: list[tuple[Manner, int]] = [("neighbour", 64), ("neighbour", 128)]
+    points = [Cost(64, 3, 1, parting=1), Cost(128, 6, 1, parting=3)]
+    costs = Costs({(1, "neighbour"): points})
+    assert costs.pays_in_batch(1, kinds[:1], 64), "nothing is parted"
+    # One of 64 tokens saves 2; parting costs 1 for 128 tokens, and in proportion for more.
+    assert costs.pays_in_batch(1, kinds[:1], 128)
+    assert costs.pays_in_batch(1, kinds[:1], 160)
+    assert not costs.pays_in_batch(1, kinds[:1], 256)
+    # Two save 7; beyond what was measured it goes on in proportion: 3 for 256, 9 for 768.
+    assert costs.pays_in_batch(1, kinds, 512)
+    assert not costs.pays_in_batch(1, kinds, 768)
+    assert Costs({}).pays_in_batch(1, kinds, 10_000)
+
+
 saved = st.lists(st.integers(-5, 5), min_size=1, max_size=7)
 
 

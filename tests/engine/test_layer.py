@@ -145,9 +145,7 @@ def step_with(
     lookup: Future[list[Hit | None]] = Future()
     lookup.set_result([hits.get(index) for index in range(len(rows))])
     sequences = [Sequence(index, 0, row.stop) for index, row in enumerate(rows)]
-    return Step(
-        sequences, lookup, math.inf, lambda *asked: decision, lambda layer, source, length: False
-    )
+    return Step(sequences, lookup, math.inf, lambda *asked: decision, lambda layer, served: served)
 
 
 def alone(module: Any, rows: Tensor) -> Tensor:

@@ -118,7 +118,19 @@ def test_where_nothing_is_saved_nothing_is_served(tmp_path: Path) -> None:
     assert serving.outcomes.reasons == {"bypass: reuse would not pay at its length": 1}
 
 
-@pytest.mark.parametrize("step", ["metadata_of_prompt", "most_tokens"])
+def test_a_batch_that_would_be_parted_for_too_little_is_computed(tmp_path: Path) -> None:
+    model, serving = started(with_templates(tmp_path / "store"))
+    for costs in serving.costs.measured.values():
+        costs[:] = [type(cost)(cost.length, 1.0, 0.0, parting=1.5) for cost in costs]
+    serving.costs = type(serving.costs)(serving.costs.measured)
+    short, exact = whole(text(5, 40)), make_model()
+    long = whole(text(6, 140))  # no template is so long
+    alone = run_model(model, [short])
+    assert not torch.equal(alone, run_model(exact, [short]))
+    assert torch.equal(run_model(model, [short, long]), run_model(exact, [short, long]))
+
+
+@pytest.mark.parametrize("step", ["metadata_of_prompts", "most_tokens"])
 def test_an_engine_that_cannot_be_measured_takes_every_hit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, step: str
 ) -> None:

@@ -302,9 +302,8 @@ class Deciding:
             {row: hit for row, hit in hits.items() if row % 2},
         )
 
-    def left_out(self, layer: int, served: Served, length: int) -> bool:
-        assert length == 4
-        return (layer, served.source) in self.trips
+    def choose(self, layer: int, served: dict[int, Served]) -> dict[int, Served]:
+        return {row: item for row, item in served.items() if (layer, item.source) not in self.trips}
 
 
 def make_step(
@@ -317,7 +316,7 @@ def make_step(
 ) -> Step:
     sequences = [Sequence(row, 4 * row, 4) for row in rows]
     deadline, deciding = time.monotonic() + seconds, deciding or Deciding()
-    return Step(sequences, lookup, deadline, deciding.decide, deciding.left_out, reason)
+    return Step(sequences, lookup, deadline, deciding.decide, deciding.choose, reason)
 
 
 def found(*hits: Hit | None) -> Future[list[Hit | None]]:

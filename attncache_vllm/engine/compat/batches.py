@@ -290,27 +290,32 @@ def most_tokens(attention: Any, builder: Any) -> int | None:
     return (len(cache) - 1) * int(builder.kv_cache_spec.block_size) if cache.ndim > 1 else None
 
 
-def metadata_of_prompt(builder: Any, length: int, device: torch.device) -> Any:
-    """Standard metadata of a batch of one whole prompt, in the first blocks of the cache."""
+def metadata_of_prompts(builder: Any, count: int, length: int, device: torch.device) -> Any:
+    """Standard metadata of a batch of whole prompts of one length, in the first blocks of the
+    cache."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     block = int(builder.kv_cache_spec.block_size)
-    starts = torch.tensor([0, length], dtype=torch.int32)
-    lengths = torch.tensor([length], dtype=torch.int32)
-    positions = torch.arange(length, device=device)
+    blocks = -(-length // block)
+    starts = torch.arange(count + 1, dtype=torch.int32) * length
+    lengths = torch.full((count,), length, dtype=torch.int32)
+    positions = torch.arange(length, device=device).repeat(count)
+    first = block * (1 + blocks * torch.arange(count, device=device)).repeat_interleave(length)
     common = CommonAttentionMetadata(
         query_start_loc=starts.to(device),
         query_start_loc_cpu=starts,
         seq_lens=lengths.to(device),
         seq_lens_cpu_upper_bound=lengths,
-        num_reqs=1,
-        num_actual_tokens=length,
+        num_reqs=count,
+        num_actual_tokens=count * length,
         max_query_len=length,
         max_seq_len=length,
-        block_table_tensor=torch.arange(1, 1 - (-length // block), device=device).int()[None],
-        slot_mapping=positions + block,
+        block_table_tensor=torch.arange(1, 1 + count * blocks, device=device)
+        .int()
+        .view(count, blocks),
+        slot_mapping=first + positions,
         positions=positions,
-        is_prefilling=torch.tensor([True]),
+        is_prefilling=torch.tensor([True] * count),
     )
     return build_metadata(MetadataSource(builder, common))
 
