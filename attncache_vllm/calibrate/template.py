@@ -63,6 +63,7 @@ class TemplateChooser:
         self._trials = trials
         self._saving = saving
         self._layouts = model.calibrator.layouts
+        self._fitted: Groups | None = None  # what the corrections in force are fitted for
         self._templates = self._make_templates(fit)
 
     def choose(self, budget: Budget) -> Chosen | None:
@@ -162,8 +163,12 @@ class TemplateChooser:
             return self._choose.fidelity()
 
     def _fit_corrections(self, candidate: Candidate) -> None:
+        if candidate.groups == self._fitted:
+            return
+        self._fitted = None  # until it is done
         with self._calibrator.fitting("template", self._hits(candidate.groups)):
             self._model.run(self._fit)
+        self._fitted = candidate.groups
 
     def _errors(self, candidate: Candidate) -> tuple[tuple[float, float], ...]:
         """Per layer mean and deviation of what canaries will measure."""
