@@ -205,7 +205,7 @@ class AlignedChooser:
             copies = self._copies(originals, rate)
             measured = Measured(self._model, copies.texts)
             with self._model.calibrator.serving(copies.hits(candidate.groups)):
-                fidelity, report = measured.with_intervals()
+                surely, report = measured.checked()
             rates.append(
                 {
                     "rate": rate,
@@ -215,7 +215,7 @@ class AlignedChooser:
                     "stale_rank_fidelity": round(measured.compared(stale).pairwise_spearman, 4),
                 }
             )
-            if not budget.holds(fidelity):
+            if not budget.holds(surely):
                 break
             gate, passed, kept = max(copies.novelties), rate, report
         # An evaluation on edits of these would not be on texts that chose nothing.

@@ -139,8 +139,8 @@ class NeighbourChooser:
                 continue
             measured = Measured(self._model, checked.texts)
             with self._model.calibrator.serving(checked.hits(candidate.groups)):
-                fidelity, report = measured.with_intervals()
-            if not budget.holds(fidelity):
+                surely, report = measured.checked()
+            if not budget.holds(surely):
                 continue
             groups = every_layer(candidate.groups, self._saving.num_layers)
             plan = SourcePlan(

@@ -87,9 +87,9 @@ class TemplateChooser:
                 return None
             self._fit_corrections(candidate)
             with self._calibrator.serving(self._hits(candidate.groups)):
-                fidelity, report = self._check.with_intervals()
+                surely, report = self._check.checked()
             # The texts that chose it flatter it a little: what they let pass must pass here.
-            return report if budget.holds(fidelity) else None
+            return report if budget.holds(surely) else None
 
         found = first_that_passes(best_first(curve, budget), sets_of, check)
         if found is None:

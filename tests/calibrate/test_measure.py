@@ -83,8 +83,12 @@ def test_what_is_kept_is_that_of_the_answers_now() -> None:
 def test_a_report_is_the_fidelity_within_its_intervals() -> None:
     model, texts = measured()
     model.damage = 1.0
-    fidelity, report = texts.with_intervals()
-    assert fidelity == texts.fidelity()
+    surely, report = texts.checked()
+    fidelity = texts.fidelity()
+    for name, reported in (("pairwise_spearman", "rank_fidelity"), ("self_retrieval",) * 2):
+        low, _ = report["ci95"][reported]
+        assert low < getattr(surely, name) < getattr(fidelity, name)
+    assert surely.centred_cosine == fidelity.centred_cosine
     assert report["rank_fidelity"] == pytest.approx(fidelity.pairwise_spearman, abs=1e-4)
     assert report["self_retrieval"] == pytest.approx(fidelity.self_retrieval, abs=1e-4)
     assert report["centred_cosine"] == pytest.approx(fidelity.centred_cosine, abs=1e-4)
@@ -98,8 +102,9 @@ def test_a_report_is_the_fidelity_within_its_intervals() -> None:
 def test_a_task_is_measured_on_its_own_texts() -> None:
     model, texts = measured(Task())
     model.damage = 1.0
-    fidelity, report = texts.with_intervals()
-    assert fidelity.task_change is not None and fidelity.task_change < 0
-    assert report["task_change"] == pytest.approx(fidelity.task_change, abs=1e-4)
+    surely, report = texts.checked()
+    assert surely.task_change == texts.fidelity().task_change
+    assert surely.task_change is not None and surely.task_change < 0
+    assert report["task_change"] == pytest.approx(surely.task_change, abs=1e-4)
     low, high = report["ci95"]["task_change"]
     assert low < report["task_change"] < high
