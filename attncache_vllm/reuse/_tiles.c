@@ -115,6 +115,7 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
     for (int64_t row = 0; row < rows; ++row) {
       const float *from = probs + (first + row) * length;
       float mass = 0, largest = 0;
+#pragma omp simd reduction(+ : mass) reduction(max : largest)
       for (int64_t column = start; column < stop; ++column) {
         mass += from[column];
         largest = from[column] > largest ? from[column] : largest;
@@ -134,6 +135,7 @@ static int64_t tile_panel(const float *probs, int64_t length, int64_t first, flo
       scales[kept * ROWS + row] = nearest_bfloat16(scale * grown[row]);
       if (!(scale > 0)) continue;
       const float *from = probs + (first + row) * length;
+#pragma omp simd
       for (int64_t column = start; column < stop; ++column) {
         float cell = sqrtf(from[column] / scale) + 0.5f;
         to[row * COLS + column - start] = (uint8_t)(cell < 255 ? cell : 255);
@@ -159,6 +161,20 @@ static int64_t tile_head(const float *probs, int64_t length, float dropped, uint
     total = -1;
   free_room(&room);
   return total;
+}
+
+/* Tiles of heads [heads, length, length], each head's at the start of its own room for all; `found`
+ * gets how many each has, -1 without memory. */
+static void tile_heads(const float *probs, int64_t heads, int64_t length, float dropped,
+                       uint8_t *cells, uint16_t *scales, uint16_t *columns, int64_t *counts,
+                       int64_t *found) {
+  const int64_t panels = (length + ROWS - 1) / ROWS;
+  const int64_t most = panels * ((length + COLS - 1) / COLS);
+#pragma omp parallel for schedule(dynamic, 1) if (heads * length > 512)
+  for (int64_t head = 0; head < heads; ++head)
+    found[head] = tile_head(probs + head * length * length, length, dropped,
+                            cells + head * most * ROWS * COLS, scales + head * most * ROWS,
+                            columns + head * most, counts + head * panels);
 }
 
 /* Drops tiles of `count` panels in place, each of at most `wide`, and moves the rest together;
@@ -372,21 +388,22 @@ static PyObject *py_multiply(PyObject *self, PyObject *args) {
 }
 
 PyDoc_STRVAR(tile_doc,
-             "tile(probs, length, dropped, cells, scales, columns, counts) -> int: the tiles "
-             "of a head float32 [length, length], and how many; addresses of room for all.");
+             "tile(probs, heads, length, dropped, cells, scales, columns, counts, found): the tiles "
+             "of heads float32 [heads, length, length], and how many each has, -1 without memory; "
+             "addresses of room for all of every head.");
 static PyObject *py_tile(PyObject *self, PyObject *args) {
-  unsigned long long probs, cells, scales, columns, counts;
-  long long length, tiles;
+  unsigned long long probs, cells, scales, columns, counts, found;
+  long long heads, length;
   float dropped;
-  if (!PyArg_ParseTuple(args, "KLfKKKK", &probs, &length, &dropped, &cells, &scales,
-                        &columns, &counts))
+  if (!PyArg_ParseTuple(args, "KLLfKKKKK", &probs, &heads, &length, &dropped, &cells, &scales,
+                        &columns, &counts, &found))
     return NULL;
   Py_BEGIN_ALLOW_THREADS;
-  tiles = tile_head((const float *)(uintptr_t)probs, length, dropped,
-                    (uint8_t *)(uintptr_t)cells, (uint16_t *)(uintptr_t)scales,
-                    (uint16_t *)(uintptr_t)columns, (int64_t *)(uintptr_t)counts);
+  tile_heads((const float *)(uintptr_t)probs, heads, length, dropped, (uint8_t *)(uintptr_t)cells,
+             (uint16_t *)(uintptr_t)scales, (uint16_t *)(uintptr_t)columns,
+             (int64_t *)(uintptr_t)counts, (int64_t *)(uintptr_t)found);
   Py_END_ALLOW_THREADS;
-  return tiles < 0 ? PyErr_NoMemory() : PyLong_FromLongLong(tiles);
+  Py_RETURN_NONE;
 }
 
 PyDoc_STRVAR(prune_doc,

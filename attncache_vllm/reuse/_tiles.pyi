@@ -23,14 +23,16 @@ def multiply(
 ) -> None: ...
 def tile(
     probs: int,
+    heads: int,
     length: int,
     dropped: float,
     cells: int,
     scales: int,
     columns: int,
     counts: int,
+    found: int,
     /,
-) -> int: ...
+) -> None: ...
 def prune(
     cells: int,
     scales: int,

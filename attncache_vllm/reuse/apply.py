@@ -248,8 +248,10 @@ def exact_map(
     rows = query.transpose(0, 1).reshape(-1, group * length, head_size)
     scores = _scores(rows, key.transpose(0, 1), scale, soft_cap).view(num_heads, length, length)
     scores.masked_fill_(~mask.visible(length, query.device), float("-inf"))
-    lse = scores.logsumexp(-1)
-    return scores.sub_(lse.unsqueeze(-1)).exp_(), lse
+    probs = scores.softmax(-1)
+    # A row's largest score and largest probability are of one column: p = exp(s - lse). torch's
+    # logsumexp takes as long as all the rest.
+    return probs, scores.amax(-1) - probs.amax(-1).log()
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, soft_cap: float | None) -> Tensor:

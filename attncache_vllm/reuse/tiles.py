@@ -196,33 +196,37 @@ def tiled(blocks: RowBlocks) -> TiledMap:
 
 def tile(probs: Tensor, dropped: float = DROPPED) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cells, scales, columns and panels (see `TiledMap`) of probabilities `[H, N, N]` float32."""
-    tile_head = _tile_head if _tiles is None else _tile_head_natively
-    parts = [tile_head(head, dropped) for head in probs]
+    parts = _tile_natively(probs, dropped) if _tiles else [_tile_head(h, dropped) for h in probs]
     counts = torch.cat([counts for *_, counts in parts])
     panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
     cells, scales, columns = (torch.cat([part[n] for part in parts]) for n in range(3))
     return cells, scales, columns, panels.to(torch.uint32)
 
 
-def _tile_head_natively(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tile_natively(probs: Tensor, dropped: float) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     assert _tiles is not None
     probs = probs.contiguous()
-    length = len(probs)
-    panels, wide = panels_of(length), -(-length // COLUMNS)
-    cells = torch.empty(panels * wide, ROWS, COLUMNS, dtype=torch.uint8)
-    scales = torch.empty(panels * wide, ROWS, dtype=torch.bfloat16)
-    columns = torch.empty(panels * wide, dtype=torch.uint16)
-    counts = torch.empty(panels, dtype=torch.int64)
-    found = _tiles.tile(
+    heads, length, _ = probs.shape
+    panels = panels_of(length)
+    most = panels * -(-length // COLUMNS)
+    cells = torch.empty(heads, most, ROWS, COLUMNS, dtype=torch.uint8)
+    scales = torch.empty(heads, most, ROWS, dtype=torch.bfloat16)
+    columns = torch.empty(heads, most, dtype=torch.uint16)
+    counts = torch.empty(heads, panels, dtype=torch.int64)
+    found = torch.empty(heads, dtype=torch.int64)
+    _tiles.tile(
         probs.data_ptr(),
+        heads,
         length,
         dropped,
-        cells.data_ptr(),
-        scales.data_ptr(),
-        columns.data_ptr(),
-        counts.data_ptr(),
+        *(part.data_ptr() for part in (cells, scales, columns, counts, found)),
     )
-    return cells[:found], scales[:found], columns[:found], counts
+    if (found < 0).any():
+        raise MemoryError(f"no memory to tile a map of {length} tokens")
+    return [
+        (cells[head, :n], scales[head, :n], columns[head, :n], counts[head])
+        for head, n in enumerate(found.tolist())
+    ]
 
 
 def _tile_head(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -96,8 +96,8 @@ def test_compiled_or_not_the_tiles_are_the_same(
     mask: Mask, length: int, seed: int, dropped: float
 ) -> None:
     _, probs = sample(mask, length, seed)
-    for head in probs:
-        cells, scales, columns, counts = tiles._tile_head_natively(head, dropped)
+    natively = tiles._tile_natively(probs, dropped)
+    for (cells, scales, columns, counts), head in zip(natively, probs, strict=True):
         expected = tiles._tile_head(head, dropped)
         assert torch.equal(counts, expected[3]) and torch.equal(columns, expected[2])
         torch.testing.assert_close(scales.float(), expected[1].float(), atol=0, rtol=2**-7)
