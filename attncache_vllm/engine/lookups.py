@@ -140,7 +140,11 @@ class Lookups:
         hits: list[Hit | None] = [None] * len(sequences)
         owned = [i for i, sequence in enumerate(sequences) if sequence.tenant is not None]
         if len(owned) < len(sequences):
-            compat.warn_once(logger, "whose requests are is not known here: they find no entries")
+            compat.warn_once(
+                logger,
+                "requests whose tenant is not known find no stored maps; model runner V2 does not "
+                "tell it, VLLM_USE_V2_MODEL_RUNNER=0 chooses the other",
+            )
         known = [i for i in owned if sequences[i].token_ids is not None]
         if self._aligned_gate is not None and known:
             found = self._aligned([sequences[i] for i in known], deadline)

@@ -138,6 +138,8 @@ def _attach_serving(
         outcomes = metrics.Outcomes(settings.log_interval_s)
         compat.leave_bypass_counter(vllm_config, functools.partial(_count_bypass, reason, outcomes))
     stats = store.stats()
+    if not reusable:
+        store.close()
     logger.info(
         "attncache: %s, namespace %s, %d entries, %d of %d layers with reuse (%s), %s, "
         "%.1f MiB in the store, up to %d MiB resident",
