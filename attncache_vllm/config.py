@@ -8,18 +8,51 @@ a YAML file with the same keys may be given: ``--additional-config '{"attncache"
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
 
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.names import CodecName
 
 SETTINGS_KEY = "attncache"
 MIB = 1024 * 1024
+
+# A head or raylet to join, or the server of a Ray Client; an IPv6 host stands in brackets.
+_ON_RAY = re.compile(r"ray:(auto|(//)?([^\s/:\[\]]+|\[[0-9A-Fa-f:.]+\]):[0-9]{1,5})")
+
+
+def _folder_or_address(value: object) -> Path | str:
+    if isinstance(value, Path):
+        return value
+    if not isinstance(value, str):
+        raise PydanticCustomError("store", "Input is not a valid path or address of a store")
+    if not value.startswith("ray:"):
+        return Path(value)
+    if not _ON_RAY.fullmatch(value):
+        raise PydanticCustomError(
+            "store",
+            "Input is not a valid address of a store on Ray, which is ray:auto, ray:HOST:PORT or "
+            "ray://HOST:PORT",
+        )
+    return value
+
+
+def _word_of_switch(value: object) -> object:
+    # To YAML a bare `off` is a switch.
+    return "off" if value is False else value
 
 
 class _Frozen(BaseModel):
@@ -43,7 +76,12 @@ class Settings(_Frozen):
     Every field has a reader; the table in ``docs/settings.md`` is generated from this class.
     """
 
-    store: Path = Field(strict=False, description="Folder of the map store.")
+    store: Annotated[
+        Path | str, PlainValidator(_folder_or_address, json_schema_input_type=Path | str)
+    ] = Field(
+        description="Folder of the map store, or the address of one on a Ray cluster: `ray:auto` "
+        "or `ray:HOST:PORT` to join it, `ray://HOST:PORT` as a Ray Client."
+    )
     plan: Path | None = Field(
         None,
         strict=False,
@@ -68,6 +106,12 @@ class Settings(_Frozen):
     )
     resident_mib: int = Field(
         1024, ge=1, description="Bound of the decoded maps kept in memory, in MiB."
+    )
+    unsalted: Annotated[Literal["shared", "off"], BeforeValidator(_word_of_switch)] = Field(
+        "shared",
+        description="What becomes of requests without a `cache_salt`: they are looked up among the "
+        "entries of the shared tenant, as all in a folder are, or bypassed. A request with one is "
+        "looked up among the entries of its own tenant only.",
     )
     reuse_with_prefix_caching: bool = Field(
         False,
@@ -99,6 +143,20 @@ class Settings(_Frozen):
     calibrate: bool = Field(
         False, description="Set by `attncache calibrate`: reuse only what it asks for."
     )
+
+    @property
+    def folder(self) -> Path:
+        """The store, where only a folder will do.
+
+        Raises:
+            SettingsError: it is on a Ray cluster.
+        """
+        if isinstance(self.store, Path):
+            return self.store
+        raise SettingsError(
+            f"a store is built and calibrated in a folder, got {self.store!r}; give a folder, and "
+            "load it into the cluster afterwards"
+        )
 
     @property
     def resident_bytes(self) -> int:

@@ -72,6 +72,8 @@ def _accepted(field: dict[str, Any]) -> str:
         return " or ".join(map(_accepted, field["anyOf"]))
     if "$ref" in field:
         return "object"
+    if "enum" in field:
+        return " or ".join(map(_code, field["enum"]))
     if field["type"] == "array":
         return f"list of {_accepted(field['items'])}"
     if field.get("format") == "path":

@@ -72,9 +72,12 @@ class Engine:
         report: dict[str, Any] = self._call("calibrate", list(texts), options)
         return report
 
-    def embed(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
-        """Embeddings ``[B, D]`` of prompts that are sent together."""
-        embeddings: NDArray[np.float32] = self._call("embed", list(prompts))
+    def embed(
+        self, prompts: Sequence[Prompt], salts: Sequence[str | None] | None = None
+    ) -> NDArray[np.float32]:
+        """Embeddings ``[B, D]`` of prompts that are sent together, each with its ``cache_salt``."""
+        salts = [None] * len(prompts) if salts is None else salts
+        embeddings: NDArray[np.float32] = self._call("embed", list(prompts), list(salts))
         return embeddings
 
     def embed_alone(self, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
@@ -210,8 +213,9 @@ class _Host:
         self.close()
         return calibrate(CalibrateOptions(**options), [Text(text) for text in texts])
 
-    def embed(self, prompts: list[Prompt]) -> NDArray[np.float32]:
-        outputs = self._llm.embed([_vllm_prompt(p) for p in prompts], use_tqdm=False)
+    def embed(self, prompts: list[Prompt], salts: list[str | None]) -> NDArray[np.float32]:
+        given = [_vllm_prompt(p, salt) for p, salt in zip(prompts, salts, strict=True)]
+        outputs = self._llm.embed(given, use_tqdm=False)
         return np.array([output.outputs.embedding for output in outputs], dtype=np.float32)
 
     def encode(self, prompts: list[Prompt]) -> list[NDArray[np.float32]]:
@@ -250,5 +254,8 @@ class _Host:
             self._llm = None
 
 
-def _vllm_prompt(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)}
+def _vllm_prompt(prompt: Prompt, salt: str | None = None) -> Any:
+    made: dict[str, Any] = {"cache_salt": salt} if salt is not None else {}
+    if isinstance(prompt, str):
+        return {"prompt": prompt, **made}
+    return {"prompt_token_ids": list(prompt), **made}

@@ -70,13 +70,18 @@ def alone(server: Server, texts: Texts) -> dict[Prompt, NDArray[np.float32]]:
     return dict(zip(texts.everything, answers, strict=True))
 
 
-def embed(server: Server, prompt: Prompt) -> NDArray[np.float32]:
-    response = server.client().embeddings.create(model=MODEL_NAME, input=_openai_input(prompt))
+def embed(server: Server, prompt: Prompt, salt: str | None = None) -> NDArray[np.float32]:
+    response = server.client().embeddings.create(
+        model=MODEL_NAME, input=_openai_input(prompt), extra_body=_with_salt(salt)
+    )
     return np.array(response.data[0].embedding, dtype=np.float32)
 
 
-def embed_concurrently(server: Server, prompts: Sequence[Prompt]) -> NDArray[np.float32]:
+def embed_concurrently(
+    server: Server, prompts: Sequence[Prompt], salts: Sequence[str | None] | None = None
+) -> NDArray[np.float32]:
     """Embeddings ``[B, D]`` of prompts that are all sent at once, each in a request."""
+    salts = [None] * len(prompts) if salts is None else salts
 
     async def send_all() -> list[list[float]]:
         async with openai.AsyncOpenAI(
@@ -84,8 +89,10 @@ def embed_concurrently(server: Server, prompts: Sequence[Prompt]) -> NDArray[np.
         ) as client:
             responses = await asyncio.gather(
                 *(
-                    client.embeddings.create(model=MODEL_NAME, input=_openai_input(prompt))
-                    for prompt in prompts
+                    client.embeddings.create(
+                        model=MODEL_NAME, input=_openai_input(prompt), extra_body=_with_salt(salt)
+                    )
+                    for prompt, salt in zip(prompts, salts, strict=True)
                 )
             )
         return [response.data[0].embedding for response in responses]
@@ -95,6 +102,10 @@ def embed_concurrently(server: Server, prompts: Sequence[Prompt]) -> NDArray[np.
 
 def _openai_input(prompt: Prompt) -> Any:
     return prompt if isinstance(prompt, str) else list(prompt)
+
+
+def _with_salt(salt: str | None) -> dict[str, str] | None:
+    return None if salt is None else {"cache_salt": salt}
 
 
 def outcomes(server: Server) -> dict[str, float]:
@@ -155,6 +166,28 @@ def test_concurrent_requests_get_the_answers_they_get_alone(
     assert sum(after.values()) - sum(before.values()) == CONCURRENT
     hits = sum(prompt in texts.recorded for prompt in prompts)
     assert after["hit"] - before["hit"] == hits > 0
+
+
+def test_what_is_stored_for_the_shared_tenant_is_found_without_a_salt_only(
+    server: Server, stock_compiled: dict[Prompt, NDArray[np.float32]], texts: Texts
+) -> None:
+    salt = "a secret of this tenant"
+    before = outcomes(server)
+    salted = np.stack([embed(server, text, salt) for text in texts.recorded])
+    assert outcomes(server) == {**before, "miss": before["miss"] + len(texts.recorded)}
+    # Not bit-equal, see above.
+    expected = np.stack([stock_compiled[text] for text in texts.recorded])
+    assert cosines(salted, expected).min() >= 0.99995
+    embed(server, texts.recorded[0])
+    assert outcomes(server)["hit"] == before["hit"] + 1
+    # In the same batches as well.
+    before = outcomes(server)
+    asked = [(text, s) for text in texts.recorded for s in (None, salt, "another secret")]
+    random.Random(1).shuffle(asked)
+    embed_concurrently(server, [text for text, _ in asked], [s for _, s in asked])
+    hits, misses = before["hit"] + len(texts.recorded), before["miss"] + 2 * len(texts.recorded)
+    assert outcomes(server) == {**before, "hit": hits, "miss": misses}
+    assert salt not in server.log.read_text()
 
 
 # Last: the server has no store afterwards.

@@ -29,6 +29,7 @@ complete = st.fixed_dictionaries(
         "min_tokens": st.integers(1, 10**6),
         "lookup_deadline_ms": positive,
         "resident_mib": st.integers(1, 10**6),
+        "unsalted": st.sampled_from(["shared", "off"]),
         "reuse_with_prefix_caching": st.booleans(),
         "log_interval_s": positive,
         "record": st.none() | st.just(RECORD),
@@ -67,6 +68,47 @@ def test_a_yaml_file_means_what_the_same_inline_object_means(
     path = tmp_path_factory.getbasetemp() / "settings.yaml"
     path.write_text(yaml.safe_dump(given))
     assert load(str(path)) == load(given)
+
+
+def test_a_bare_off_in_yaml_is_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "settings.yaml"
+    path.write_text("store: maps\nunsalted: off\n")
+    assert load(str(path)).unsalted == "off"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("ray:auto", "ray:head:6379", "ray:10.0.0.7:6379", "ray:[fd00::7]:6379"),
+        *("ray://head.example:10001", "ray://[::1]:10001"),
+    ],
+)
+def test_an_address_of_a_store_is_kept_as_given(address: str) -> None:
+    settings = load({"store": address})
+    assert settings.store == address and isinstance(settings.store, str)
+    with pytest.raises(SettingsError, match="built and calibrated in a folder") as caught:
+        _ = settings.folder
+    assert f"got {address!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("folder", ["maps", "./ray:auto", "/ray:auto", "rays", "ray"])
+def test_what_does_not_begin_like_an_address_is_a_folder(folder: str) -> None:
+    settings = load({"store": folder})
+    assert settings.store == settings.folder == Path(folder)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("ray:", "ray:local", "ray:head", "ray:head:", "ray:head:port", "ray:head:123456"),
+        *("ray://auto", "ray://head", "ray:/head:6379", "ray:a b:1", "ray:auto ", "ray:::1:6379"),
+    ],
+)
+def test_a_malformed_address_is_refused_with_the_forms_that_there_are(address: str) -> None:
+    message = refusal({"store": address})
+    assert "setting 'store': input is not a valid address" in message
+    assert "ray:auto, ray:HOST:PORT or ray://HOST:PORT" in message
+    assert f"got {address!r}" in message
 
 
 def test_settings_cannot_be_changed_and_can_be_keys() -> None:
@@ -129,6 +171,9 @@ def test_a_missing_store_is_named_with_what_was_given() -> None:
         ("lookup_deadline_ms", 0, "greater than 0"),
         ("lookup_deadline_ms", math.inf, "finite number"),
         ("resident_mib", 0, "greater than or equal to 1"),
+        ("unsalted", "on", "'shared' or 'off'"),
+        ("unsalted", True, "'shared' or 'off'"),
+        ("unsalted", None, "'shared' or 'off'"),
         ("reuse_with_prefix_caching", 1, "valid boolean"),
         ("reuse_with_prefix_caching", "yes", "valid boolean"),
         ("log_interval_s", 0.0, "greater than 0"),

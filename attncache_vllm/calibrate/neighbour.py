@@ -52,6 +52,7 @@ from attncache_vllm.reuse.match import Match, nearest
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.records import MAX_LENGTH
+from attncache_vllm.tenants import SHARED_TENANT
 
 # Bands of about equally many texts.
 BANDS = 4
@@ -263,7 +264,13 @@ def _matches(
     with torch.inference_mode():
         features = np.ascontiguousarray(projector(given).numpy(), dtype=np.float32)
     usable = [(len(tokens), MAX_LENGTH if causal else len(tokens)) for tokens in texts]
-    rows = store.lookup(features, usable, neighbours=1, deadline=math.inf)
+    rows = store.lookup(
+        features,
+        usable,
+        tenants=[SHARED_TENANT] * len(texts),
+        neighbours=1,
+        deadline=math.inf,
+    )
     return [
         nearest(row, len(tokens), math.inf, longer=causal)
         for row, tokens in zip(rows, texts, strict=True)

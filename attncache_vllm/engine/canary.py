@@ -8,18 +8,18 @@ plus the application of its maps.
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.errors import StoreError
 from attncache_vllm.reuse.drift import Band, RunningError
 from attncache_vllm.reuse.plan import Plan, Source
-from attncache_vllm.store.rearm import rearmed_at
 
 logger = compat.get_logger(__name__)
 
-# Of how many sequences the file that rearms layers is looked at again.
+# After how many hits the store is asked again whether layers were rearmed.
 _LOOK_EVERY = 64
 
 
@@ -36,11 +36,12 @@ class Canaries:
     """Draws canaries, keeps their running error per source and layer, and trips what left its
     calibrated band: such a layer is computed exactly until it is rearmed."""
 
-    def __init__(self, plan: Plan, share: float, store: Path) -> None:
-        """``share`` of the hits are canaries, 0 to 1; ``store`` is the folder that
-        ``attncache rearm`` is called for."""
+    def __init__(self, plan: Plan, share: float, rearmed_at: Callable[[], int], rearm: str) -> None:
+        """``share`` of the hits are canaries, 0 to 1; ``rearmed_at`` is that of the store, and
+        ``rearm`` the command that changes its answer."""
         self._share = share
-        self._store = store
+        self._rearmed_at = rearmed_at
+        self._rearm = rearm
         self._owed = 0.0
         self._bands = {
             (source, layer): Band(*part.errors[layer])
@@ -54,7 +55,7 @@ class Canaries:
             for layer in part.layers
         }
         self._tripped: set[tuple[Source, int]] = set()
-        self._rearmed = rearmed_at(store)
+        self._rearmed = self._last_rearmed()
         self._since_look = 0
         metrics.TRIPPED.set(0)
 
@@ -84,14 +85,14 @@ class Canaries:
         logger.warning(
             "attncache: layer %d is computed exactly from now on where %r would serve it: the mean "
             "error of %d canaries is %.3f, calibrated up to %.3f. The traffic differs from the "
-            "texts of the calibration: calibrate with texts like these, or run `attncache rearm "
-            "%s` if this was passing",
+            "texts of the calibration: calibrate with texts like these, or run `%s` if this "
+            "was passing",
             layer,
             source,
             len(running),
             running.mean if math.isfinite(error) else error,
             band.upper,
-            self._store,
+            self._rearm,
         )
 
     def _look_for_rearm(self) -> None:
@@ -99,8 +100,9 @@ class Canaries:
         if self._since_look < _LOOK_EVERY:
             return
         self._since_look = 0
-        rearmed = rearmed_at(self._store)
-        if rearmed == self._rearmed:
+        rearmed = self._last_rearmed()
+        # A store that is gone rearms nobody.
+        if rearmed in (0, self._rearmed):
             return
         self._rearmed = rearmed
         if self._tripped:
@@ -109,3 +111,9 @@ class Canaries:
             self._errors[key].clear()
         self._tripped.clear()
         metrics.TRIPPED.set(0)
+
+    def _last_rearmed(self) -> int:
+        try:
+            return self._rearmed_at()
+        except StoreError:  # a request never fails because of the cache
+            return 0

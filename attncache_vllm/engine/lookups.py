@@ -87,6 +87,7 @@ class Lookups:
         self._aligned_gate = _aligned_gate(plan, every_causal, groups)
         # A template serves all rows of its groups: with fewer of all, an aligned entry is no gain.
         self._least_aligned = max(MIN_REUSED, _share(plan, "template", groups))
+        # An entry is one tenant's, and so is what is kept under its id.
         self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
             settings.resident_bytes
         )
@@ -105,7 +106,8 @@ class Lookups:
         self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float
     ) -> Future[list[Hit | None]] | None:
         """Look up sequences, by feature if their pooled feature inputs ``[B, slots, hidden]`` are
-        given; None while another lookup runs."""
+        given; None while another lookup runs. A sequence finds entries of its own tenant only, and
+        none if that is not known."""
         if self._running is not None and not self._running.done():
             return None
         self._running = self._thread.submit(self._look_up, sequences, pooled, deadline)
@@ -136,12 +138,19 @@ class Lookups:
         self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float
     ) -> list[Hit | None]:
         hits: list[Hit | None] = [None] * len(sequences)
-        known = [i for i, sequence in enumerate(sequences) if sequence.token_ids is not None]
+        owned = [i for i, sequence in enumerate(sequences) if sequence.tenant is not None]
+        if len(owned) < len(sequences):
+            compat.warn_once(
+                logger,
+                "requests whose tenant is not known find no stored maps; model runner V2 does not "
+                "tell it, VLLM_USE_V2_MODEL_RUNNER=0 chooses the other",
+            )
+        known = [i for i in owned if sequences[i].token_ids is not None]
         if self._aligned_gate is not None and known:
             found = self._aligned([sequences[i] for i in known], deadline)
             for i, hit in zip(known, found, strict=True):
                 hits[i] = hit
-        rest = [i for i, hit in enumerate(hits) if hit is None]
+        rest = [i for i in owned if hits[i] is None]
         if pooled is not None and rest:
             found = self._nearest([sequences[i] for i in rest], pooled[rest], deadline)
             for i, hit in zip(rest, found, strict=True):
@@ -152,7 +161,10 @@ class Lookups:
         assert self._aligned_gate is not None
         tokens = [sequence.token_ids for sequence in sequences if sequence.token_ids is not None]
         candidates = self._store.overlaps(
-            [sketch(ids) for ids in tokens], neighbours=OVERLAPS, deadline=deadline
+            [sketch(ids) for ids in tokens],
+            tenants=_tenants(sequences),
+            neighbours=OVERLAPS,
+            deadline=deadline,
         )
         wanted = sorted({candidate.entry_id for row in candidates for candidate in row})
         loaded = self._store.token_ids(wanted, deadline=deadline)
@@ -183,7 +195,13 @@ class Lookups:
             features = np.ascontiguousarray(self._projector(pooled).numpy(), dtype=np.float32)
         gate = self._plan.sources["neighbour"].gate
         usable = [(s.length, MAX_LENGTH if self._causal else s.length) for s in sequences]
-        found = self._store.lookup(features, usable, neighbours=NEIGHBOURS, deadline=deadline)
+        found = self._store.lookup(
+            features,
+            usable,
+            tenants=_tenants(sequences),
+            neighbours=NEIGHBOURS,
+            deadline=deadline,
+        )
         matches = [
             nearest(candidates, sequence.length, gate, longer=self._causal)
             for candidates, sequence in zip(found, sequences, strict=True)
@@ -257,6 +275,10 @@ class Lookups:
             # The forward reads them on a stream of its own.
             torch.cuda.current_stream(self._device).synchronize()
         return maps
+
+
+def _tenants(sequences: list[Sequence]) -> list[str]:
+    return [sequence.tenant for sequence in sequences if sequence.tenant is not None]
 
 
 def _aligned_gate(plan: Plan, causal: bool, groups: int) -> AlignedGate | None:

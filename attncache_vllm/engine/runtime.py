@@ -32,6 +32,7 @@ from attncache_vllm.engine.step import (
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
+from attncache_vllm.tenants import SHARED_TENANT
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -117,7 +118,7 @@ class Serving:
         """Look up a text that is like no other."""
         assert self._lookups is not None
         ids = np.random.default_rng().integers(-(2**31), -1, length, dtype=np.int32)
-        sequence = Sequence(0, 0, length, ids)
+        sequence = Sequence(0, 0, length, ids, SHARED_TENANT)
         pooled = None
         if self._lookups.uses_features:
             pooled = torch.randn(1, self._slots, hidden_size)
@@ -128,13 +129,16 @@ class Serving:
     def _begin(self, source: compat.MetadataSource, hidden_states: torch.Tensor) -> Step:
         prompts = prompts_of(source)
         self.outcomes.bypass("only a part of the prompt in the step", prompts.ending)
-        eligible = [seq for seq in prompts.whole if seq.length >= self._settings.min_tokens]
-        short = [seq for seq in prompts.whole if seq.length < self._settings.min_tokens]
+        refused = [seq for seq in prompts.whole if self._is_refused(seq)]
+        eligible = [seq for seq in prompts.whole if not self._is_refused(seq)]
+        self.outcomes.bypass("no cache_salt", len(refused))
+        short = [seq for seq in eligible if seq.length < self._settings.min_tokens]
+        eligible = [seq for seq in eligible if seq.length >= self._settings.min_tokens]
         self.outcomes.bypass("shorter than min_tokens", len(short))
         dear = [seq for seq in eligible if not self._may_pay(seq.length)]
         eligible = [seq for seq in eligible if self._may_pay(seq.length)]
         self.outcomes.bypass("reuse would not pay at its length", len(dear))
-        computed = sum(seq.length for seq in (*short, *dear))
+        computed = sum(seq.length for seq in (*refused, *short, *dear))
         metrics.MAP_ROWS.labels("computed").inc(self._groups * computed)
         deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
         lookup, reason = None, None
@@ -145,6 +149,10 @@ class Serving:
         lengths = {sequence.row: sequence.length for sequence in eligible}
         choose = partial(self._choose, lengths, source.common.num_actual_tokens)
         return Step(eligible, lookup, deadline, partial(self._decide, choose), choose, reason)
+
+    def _is_refused(self, sequence: Sequence) -> bool:
+        """Whether it must have a tenant of its own, and has none."""
+        return self._settings.unsalted == "off" and sequence.tenant == SHARED_TENANT
 
     def _may_pay(self, length: int, but: Manner | None = None) -> bool:
         """Whether any manner, ``but`` one, would be worth it."""

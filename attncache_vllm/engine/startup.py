@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import time
 from collections import Counter
@@ -33,10 +34,11 @@ from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.plan import Plan, Source
 from attncache_vllm.reuse.template import Templates
+from attncache_vllm.store.home import open_store
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import FILE_NAME as MANIFEST_NAME
 from attncache_vllm.store.manifest import Manifest
-from attncache_vllm.store.protocol import Namespace
+from attncache_vllm.store.protocol import Namespace, ServedStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,13 +58,25 @@ def check_before_start(vllm_config: VllmConfig) -> None:
         bypassed = why_engine_bypassed(vllm_config)
         if bypassed is not None:
             raise SettingsError(f"maps cannot be recorded by this engine: {bypassed}")
-        if (settings.store / MANIFEST_NAME).exists():
-            _check_begun_with(Manifest.read(settings.store), settings.record)
+        if (settings.folder / MANIFEST_NAME).exists():
+            _check_begun_with(Manifest.read(settings.folder), settings.record)
+        return
+    if isinstance(settings.store, str) and not settings.calibrate:
+        # One connection to a cluster is enough, and it is the worker's.
+        _check_for_ray(settings.store)
         return
     # The weights are not loaded yet: here the store's own stand for them, the worker compares.
-    weights = Manifest.read(settings.store).namespace.weights
-    with LocalStore.open(settings.store, namespace=namespace_of(vllm_config, weights)) as store:
+    weights = Manifest.read(settings.folder).namespace.weights
+    with LocalStore.open(settings.folder, namespace=namespace_of(vllm_config, weights)) as store:
         effective_plan(store, settings)
+
+
+def _check_for_ray(address: str) -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise SettingsError(
+            f"a store on a Ray cluster needs the package ray, got {address!r} without it; install "
+            "attncache-vllm[ray], or give the folder of a store"
+        )
 
 
 def attach(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
@@ -86,7 +100,7 @@ def _attach_serving(
 ) -> None:
     from attncache_vllm.engine import ops
 
-    store = LocalStore.open(settings.store, namespace=namespace)
+    store = open_store(settings.store, namespace)
     plan = effective_plan(store, settings)
     engine_reason = why_engine_bypassed(
         vllm_config, reuse_with_prefix_caching=settings.reuse_with_prefix_caching
@@ -124,6 +138,8 @@ def _attach_serving(
         outcomes = metrics.Outcomes(settings.log_interval_s)
         compat.leave_bypass_counter(vllm_config, functools.partial(_count_bypass, reason, outcomes))
     stats = store.stats()
+    if not reusable:
+        store.close()
     logger.info(
         "attncache: %s, namespace %s, %d entries, %d of %d layers with reuse (%s), %s, "
         "%.1f MiB in the store, up to %d MiB resident",
@@ -142,7 +158,7 @@ def _attach_serving(
 def _meter(
     reusable: list[AttentionModule],
     plan: Plan,
-    store: LocalStore,
+    store: ServedStore,
     serving: Serving,
     vllm_config: VllmConfig,
 ) -> Meter:
@@ -152,7 +168,7 @@ def _meter(
         dtype=vllm_config.model_config.dtype,
         head_size=reusable[0].attention.head_size,
     )
-    codec = str(store.manifest.build["codec"])
+    codec = str(store.build["codec"])
     return Meter(reusable, plan, serving.templates, codec, form, serving.pretending, vllm_config)
 
 
@@ -194,7 +210,7 @@ def _serving(
     modules: list[AttentionModule],
     reusable: list[AttentionModule],
     plan: Plan,
-    store: LocalStore,
+    store: ServedStore,
     settings: Settings,
     vllm_config: VllmConfig,
     namespace: Namespace,
@@ -220,13 +236,19 @@ def _serving(
         _templates(store, plan, modules, reusable).served_as(
             functools.partial(servable_template, device=device, dtype=dtype, head_size=head_size)
         ),
-        Canaries(plan, settings.canary_share, settings.store),
+        Canaries(plan, settings.canary_share, store.rearmed_at, _rearm_command(settings.store)),
         settings,
         projector.slots,
         _feature_module(modules, plan.feature_layer).name,
         groups=namespace.num_layers * namespace.num_kv_heads,
         sources=tuple(plan.sources),
     )
+
+
+def _rearm_command(store: Path | str) -> str:
+    if isinstance(store, str):
+        return f"attncache store rearm --address {store}"
+    return f"attncache rearm {store}"
 
 
 def _hook(
@@ -261,7 +283,7 @@ def _check_groups(plan: Plan, layouts: Mapping[int, MapLayout]) -> None:
 
 
 def _templates(
-    store: LocalStore,
+    store: ServedStore,
     plan: Plan,
     modules: list[AttentionModule],
     reusable: list[AttentionModule],
@@ -282,7 +304,7 @@ def _templates(
 
 
 def _corrections(
-    store: LocalStore, plan: Plan, reusable: list[AttentionModule], dtype: torch.dtype
+    store: ServedStore, plan: Plan, reusable: list[AttentionModule], dtype: torch.dtype
 ) -> Corrections:
     wanted = {
         (source, found.index)
@@ -336,7 +358,7 @@ def _attach_recording(
                 f"layer {index} cannot be recorded: {reach.reason}; leave it out with --layers"
             )
     feature = _feature_module(modules, settings.record.feature_layer)
-    store = _open_for_recording(settings.store, settings.record, namespace)
+    store = _open_for_recording(settings.folder, settings.record, namespace)
     layouts = {found.index: found.layout for found in wanted}
     recorder = Recorder(store, settings.record, feature.name, layouts)
     for found in wanted:
@@ -345,7 +367,7 @@ def _attach_recording(
             ops.replace_forward(found, RecordModule(found, recorder))
     ops.observe_input(feature, recorder.observe)
     activate(recorder)
-    logger.info("attncache: recording layers %s into %s", settings.record.layers, settings.store)
+    logger.info("attncache: recording layers %s into %s", settings.record.layers, settings.folder)
 
 
 def _attach_calibration(
@@ -356,7 +378,7 @@ def _attach_calibration(
 ) -> None:
     from attncache_vllm.engine import calibrate, ops
 
-    with LocalStore.open(settings.store, namespace=namespace) as store:
+    with LocalStore.open(settings.folder, namespace=namespace) as store:
         feature = _feature_module(modules, Plan.from_dict(store.plan).feature_layer)
     reaches = reaches_of(modules, vllm_config, namespace.num_layers)
     # A step begins at the feature layer: nothing before it is served.
@@ -388,14 +410,14 @@ def _check_begun_with(manifest: Manifest, record: RecordSettings) -> None:
         )
 
 
-def effective_plan(store: LocalStore, settings: Settings) -> Plan:
+def effective_plan(store: ServedStore, settings: Settings) -> Plan:
     """The store's plan, or the one that the settings name, with the gate that they set.
 
     Raises:
         SettingsError: the file cannot be read, or its plan is of another model.
         StoreError: the store's plan is of another model.
     """
-    plan, num_layers = Plan.from_dict(store.plan), store.manifest.namespace.num_layers
+    plan, num_layers = Plan.from_dict(store.plan), store.namespace.num_layers
     if plan.num_layers != num_layers:
         raise StoreError(
             f"a plan must be for the model's {num_layers} layers, got {plan.num_layers}; "

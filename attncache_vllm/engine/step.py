@@ -25,13 +25,14 @@ from attncache_vllm.reuse.template import Templates
 
 @dataclass(frozen=True, eq=False)
 class Sequence:
-    """A whole sequence in a batch: its row, the position of its first token, its length, and its
-    token ids int32 ``[length]`` if they are known."""
+    """A whole sequence in a batch: its row, the position of its first token, its length, its token
+    ids int32 ``[length]`` if they are known, and whose it is if that is."""
 
     row: int
     start: int
     length: int
     token_ids: np.ndarray | None = None
+    tenant: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +153,7 @@ def prompts_of(source: compat.MetadataSource) -> Prompts:
         # Unknown prompts: an engine that may part them is bypassed then.
         prompt = source.prompts[row] if source.prompts else compat.Prompt(context)
         if stop - start == prompt.length == context > 0:
-            whole.append(Sequence(row, start, context, prompt.token_ids))
+            whole.append(Sequence(row, start, context, prompt.token_ids, prompt.tenant))
         elif source.prompts and computed < prompt.length <= context:
             ending += 1
     return Prompts(whole, ending)

@@ -18,6 +18,7 @@ from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import Namespace, Record
+from attncache_vllm.tenants import SHARED_TENANT
 
 LOOKED_UP = 8  # neighbours: the text itself is one
 
@@ -68,7 +69,11 @@ def _neighbour(store: LocalStore, own_id: int, own: Record, causal: bool) -> Rec
         feature = projector(torch.from_numpy(own.pooled).float()[None]).numpy()
     longest = max(entry.length for entry in store.manifest.entries) if causal else own.length
     (found,) = store.lookup(
-        feature, [(own.length, longest)], neighbours=LOOKED_UP, deadline=math.inf
+        feature,
+        [(own.length, longest)],
+        tenants=[SHARED_TENANT],
+        neighbours=LOOKED_UP,
+        deadline=math.inf,
     )
     others = [neighbour.entry_id for neighbour in found if neighbour.entry_id != own_id]
     return store.load(others[:1], deadline=math.inf)[0] if others else None

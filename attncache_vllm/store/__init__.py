@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where maps are kept: the `MapStore` protocol and its homes."""
 
+from attncache_vllm.store.home import open_store
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import (
     MapStore,
@@ -8,6 +9,7 @@ from attncache_vllm.store.protocol import (
     Neighbour,
     Overlap,
     Record,
+    ServedStore,
     StoreStats,
     VerifyReport,
     token_hash,
@@ -22,7 +24,9 @@ __all__ = [
     "Neighbour",
     "Overlap",
     "Record",
+    "ServedStore",
     "StoreStats",
     "VerifyReport",
+    "open_store",
     "token_hash",
 ]

@@ -32,7 +32,8 @@ class LocalStore(StoreReader):
     """A ``MapStore`` in a folder, for one writer and any number of readers.
 
     A reader sees the state committed last before it was opened. An entry id is the number of the
-    entry in the order of writing. Methods may be called from several threads.
+    entry in the order of writing. Methods may be called from several threads. What it holds is what
+    its owner put in, and is of the shared tenant.
     """
 
     def __init__(

@@ -4,7 +4,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
@@ -151,6 +151,10 @@ class MapStore(Protocol):
 
     A ``deadline`` is an instant of ``time.monotonic()``. A call that returns, returned in time;
     a late one raises ``StoreTimeout``.
+
+    An entry is of one tenant, and a query sees the entries of its own only: the tenant is part of
+    the key, never a filter after the search. So an entry id that was found says whose it is, and
+    what is kept by entry id is kept apart by tenant.
     """
 
     def lookup(
@@ -158,6 +162,7 @@ class MapStore(Protocol):
         features: NDArray[np.float32],
         lengths: Sequence[tuple[int, int]],
         *,
+        tenants: Sequence[str],
         neighbours: int,
         deadline: float,
     ) -> list[list[Neighbour]]:
@@ -167,17 +172,24 @@ class MapStore(Protocol):
             features: float32 ``[B, F]``, one row per query.
             lengths: for each query the shortest and the longest entry, in tokens, both inclusive,
                 that is an answer. ``MAX_LENGTH`` is no bound.
+            tenants: for each query whose entries are looked at; see `attncache_vllm.tenants`.
             neighbours: how many entries a query wants at most.
             deadline: instant after which the answer is of no use.
         """
 
     def overlaps(
-        self, sketches: Sequence[NDArray[np.uint64]], *, neighbours: int, deadline: float
+        self,
+        sketches: Sequence[NDArray[np.uint64]],
+        *,
+        tenants: Sequence[str],
+        neighbours: int,
+        deadline: float,
     ) -> list[list[Overlap]]:
         """The entries that have most of a sketch in common with each of B queries, most first.
 
         Args:
             sketches: one per query, uint64 ``[at most 256]``, distinct values.
+            tenants: for each query whose entries are looked at; see `attncache_vllm.tenants`.
             neighbours: how many entries a query wants at most.
             deadline: instant after which the answer is of no use.
         """
@@ -198,3 +210,30 @@ class MapStore(Protocol):
 
     def close(self) -> None:
         """Give back files and locks. Records already loaded stay readable."""
+
+
+class ServedStore(MapStore, Protocol):
+    """A store that a server can be started on: a ``MapStore`` with what was published for it."""
+
+    @property
+    def namespace(self) -> Namespace:
+        """What its maps are comparable with."""
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The settings that its maps were recorded with."""
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """The published plan."""
+
+    @property
+    def projector_bytes(self) -> bytes:
+        """The published projector, which features are made with."""
+
+    def artifact(self, name: str) -> bytes | None:
+        """What was published under ``name``, ``None`` if nothing was."""
+
+    def rearmed_at(self) -> int:
+        """When servers were last told to try tripped layers again, in any unit; 0 if never, or if
+        nobody can tell. Asked in the forward pass: answers at once, from what is known."""

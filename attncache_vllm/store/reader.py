@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from attncache_vllm.store.entries import EntryTable
 from attncache_vllm.store.index import Features
 from attncache_vllm.store.manifest import Entry, Manifest, Segment
 from attncache_vllm.store.protocol import (
+    Namespace,
     Neighbour,
     Overlap,
     Record,
@@ -23,11 +24,22 @@ from attncache_vllm.store.protocol import (
     VerifyReport,
 )
 from attncache_vllm.store.published import Serving, read_artifact, read_file
+from attncache_vllm.store.rearm import rearmed_at
 from attncache_vllm.store.sketches import Sketch
+from attncache_vllm.tenants import SHARED_TENANT
+
+# Queries that have no answer: no entry is as short, or shares a value.
+_NO_LENGTH = (1, 0)
+_NO_SKETCH: Sketch = np.empty(0, dtype=np.uint64)
+
+Q = TypeVar("Q")
 
 
 class StoreReader:
-    """What a ``LocalStore`` answers. A writer gives its own list as ``segments``, which grows."""
+    """What a ``LocalStore`` answers. A writer gives its own list as ``segments``, which grows.
+
+    All entries are of the shared tenant; queries of others find nothing.
+    """
 
     def __init__(
         self,
@@ -50,6 +62,16 @@ class StoreReader:
     def manifest(self) -> Manifest:
         """The committed state, less damaged entries that were dropped since."""
         return self._manifest
+
+    @property
+    def namespace(self) -> Namespace:
+        """What its maps are comparable with."""
+        return self._manifest.namespace
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The settings of the build, as ``create`` was given them."""
+        return self._manifest.build
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -86,21 +108,29 @@ class StoreReader:
         features: Features,
         lengths: Sequence[tuple[int, int]],
         *,
+        tenants: Sequence[str],
         neighbours: int,
         deadline: float,
     ) -> list[list[Neighbour]]:
         """See ``MapStore``. Only published entries are found, and none known to be damaged."""
         index = self._require_serving().index
+        lengths = _of_shared_tenant(lengths, tenants, _NO_LENGTH)
         with self._mutex:
             self._lookups += 1
         with self._counting_late():
             return index.search(features, lengths, neighbours, deadline)
 
     def overlaps(
-        self, sketches: Sequence[Sketch], *, neighbours: int, deadline: float
+        self,
+        sketches: Sequence[Sketch],
+        *,
+        tenants: Sequence[str],
+        neighbours: int,
+        deadline: float,
     ) -> list[list[Overlap]]:
         """See ``MapStore``. Only published entries are found, and none known to be damaged."""
         index = self._require_serving().sketches
+        sketches = _of_shared_tenant(sketches, tenants, _NO_SKETCH)
         with self._counting_late():
             return index.search(sketches, neighbours, deadline)
 
@@ -117,6 +147,10 @@ class StoreReader:
         self._require_open()
         with self._counting_late():
             return [self._table.load(entry_id, deadline) for entry_id in entry_ids]
+
+    def rearmed_at(self) -> int:
+        """When ``attncache rearm`` was last called for the folder, in nanoseconds; 0 if never."""
+        return rearmed_at(self._folder)
 
     def has(self, token_hash: bytes) -> bool:
         """Whether the sequence was put, committed or not."""
@@ -181,6 +215,16 @@ class StoreReader:
         if self._serving is None:
             raise unpublished(self._folder)
         return self._serving
+
+
+def _of_shared_tenant(queries: Sequence[Q], tenants: Sequence[str], nothing: Q) -> list[Q]:
+    """The queries, with ``nothing`` in the place of those of other tenants."""
+    if len(tenants) != len(queries):
+        raise StoreError(f"each of {len(queries)} queries must have a tenant, got {len(tenants)}")
+    return [
+        query if tenant == SHARED_TENANT else nothing
+        for query, tenant in zip(queries, tenants, strict=True)
+    ]
 
 
 def unpublished(folder: Path) -> StoreError:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from store_samples import NAMESPACE
+from store_samples import NAMESPACE, SHARED
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from attncache_vllm.calibrate import build as building
@@ -182,7 +182,11 @@ def test_a_build_publishes_plan_projector_and_features_of_every_text(
             with torch.inference_mode():
                 feature = projector(torch.tensor(record.pooled)[None]).numpy()
             [[nearest]] = store.lookup(
-                feature, [(record.length, record.length)], neighbours=1, deadline=np.inf
+                feature,
+                [(record.length, record.length)],
+                tenants=SHARED,
+                neighbours=1,
+                deadline=np.inf,
             )
             # But for the rounding of a product of one row and of ten.
             assert (nearest.entry_id, nearest.distance < 1e-5) == (entry_id, True)
@@ -232,7 +236,13 @@ def nearest_of_all(store: LocalStore) -> list[int]:
     pooled = torch.tensor(np.stack([record.pooled for _, record in store.records()]))
     with torch.inference_mode():
         features = projector(pooled).numpy()
-    found = store.lookup(features, [(1, LONGEST)] * len(pooled), neighbours=1, deadline=np.inf)
+    found = store.lookup(
+        features,
+        [(1, LONGEST)] * len(pooled),
+        tenants=SHARED * len(pooled),
+        neighbours=1,
+        deadline=np.inf,
+    )
     assert all(neighbours[0].distance < 1e-5 for neighbours in found)
     return [neighbours[0].entry_id for neighbours in found]
 
@@ -254,7 +264,9 @@ def test_a_build_on_a_calibrated_store_only_makes_new_texts_findable(
         assert {name: store.artifact(name) for name in after.artifacts} == ARTIFACTS
         assert nearest_of_all(store) == list(range(14))
         for entry_id, record in store.records():
-            [[found]] = store.overlaps([record.sketch], neighbours=1, deadline=np.inf)
+            [[found]] = store.overlaps(
+                [record.sketch], tenants=SHARED, neighbours=1, deadline=np.inf
+            )
             assert (found.entry_id, found.common) == (entry_id, len(record.sketch))
 
 

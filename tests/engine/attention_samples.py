@@ -25,6 +25,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.v1.attention.backend import AttentionType
 
 from attncache_vllm.engine.compat import BACKEND_NAME, Prompt
+from attncache_vllm.tenants import SHARED_TENANT
 
 BLOCKS = 32
 
@@ -247,27 +248,28 @@ def text(seed: int, length: int, shape: Shape | None = None) -> Tensor:
 class Row:
     """A row of a step: the tokens ``start:stop`` of a text, those before come from the KV cache.
 
-    ``ids`` are the token ids of the text if they are known."""
+    ``ids`` are the token ids of the text if they are known, ``tenant`` is whose it is."""
 
     text: Tensor
     start: int
     stop: int
     ids: np.ndarray | None = None
+    tenant: str | None = SHARED_TENANT
 
     @property
     def whole(self) -> bool:
         return (self.start, self.stop) == (0, len(self.text))
 
 
-def whole(rows: Tensor, ids: np.ndarray | None = None) -> Row:
-    return Row(rows, 0, len(rows), ids)
+def whole(rows: Tensor, ids: np.ndarray | None = None, tenant: str | None = SHARED_TENANT) -> Row:
+    return Row(rows, 0, len(rows), ids, tenant)
 
 
 def metadata_of(rows: Sequence[Row], padding: int = 0) -> Any:
     return batch(
         [row.stop - row.start for row in rows],
         [row.stop for row in rows],
-        [Prompt(len(row.text), row.ids) for row in rows],
+        [Prompt(len(row.text), row.ids, row.tenant) for row in rows],
         padding,
     )
 

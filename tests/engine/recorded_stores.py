@@ -30,7 +30,7 @@ PLAN = Plan.reusing(3, 2, (1, 2), max_distance=1e-3)
 RECORD = {"layers": [1, 2], "slots": SLOTS}
 
 
-def settings(store: Path, **changes: Any) -> dict[str, Any]:
+def settings(store: Path | str, **changes: Any) -> dict[str, Any]:
     return {"store": str(store), "lookup_deadline_ms": 60_000.0, "min_tokens": 4, **changes}
 
 

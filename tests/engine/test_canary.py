@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from attncache_vllm.engine.canary import Canaries, relative_error
 from attncache_vllm.errors import StoreError
 from attncache_vllm.reuse.drift import MIN_CANARIES
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
-from attncache_vllm.store.rearm import rearm
+from attncache_vllm.store.rearm import rearm, rearmed_at
 
 # Calibrated at an error of 0.1; up to 0.2 is within the band.
 ERRORS = ((0.1, 0.05),) * 3
@@ -26,7 +28,8 @@ ERRORS = ((0.1, 0.05),) * 3
 
 def make_canaries(store: Path, share: float = 0.5, calibrated: bool = True) -> Canaries:
     part = SourcePlan(((), (0, 1), (1,)), errors=ERRORS if calibrated else ())
-    return Canaries(Plan(0, 3, {"template": part, "neighbour": part}), share, store)
+    plan = Plan(0, 3, {"template": part, "neighbour": part})
+    return Canaries(plan, share, partial(rearmed_at, store), f"attncache rearm {store}")
 
 
 def note(
@@ -175,8 +178,23 @@ def test_a_store_that_cannot_be_written_to_cannot_be_rearmed(tmp_path: Path) -> 
         rearm(tmp_path / "none")
 
 
-def test_a_server_whose_store_is_gone_stays_as_it_is(tmp_path: Path) -> None:
-    canaries = make_canaries(tmp_path / "none")
+@pytest.mark.parametrize("gone", [lambda: 0, lambda: fail(StoreError("unreachable"))])
+def test_a_server_whose_store_is_gone_stays_as_it_is(gone: Callable[[], int]) -> None:
+    answer: list[Callable[[], int]] = [lambda: 7]
+    part = SourcePlan(((), (0, 1), (1,)), errors=ERRORS)
+    canaries = Canaries(Plan(0, 3, {"template": part}), 0.5, lambda: answer[0](), "rearm")
     note(canaries, 0.5, times=MIN_CANARIES)
+    answer[0] = gone
     draws(canaries, 200)
     assert canaries.tripped(1, "template")
+    # It is back, and nobody has rearmed anything meanwhile; then somebody does.
+    answer[0] = lambda: 7
+    draws(canaries, 200)
+    assert canaries.tripped(1, "template")
+    answer[0] = lambda: 8
+    draws(canaries, 200)
+    assert not canaries.tripped(1, "template")
+
+
+def fail(error: Exception) -> int:
+    raise error

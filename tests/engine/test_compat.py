@@ -19,9 +19,10 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
 from attncache_vllm.engine import backend, compat, startup
-from attncache_vllm.engine.compat import batches, selection, weights
+from attncache_vllm.engine.compat import batches, selection, tenants, weights
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.plugin import register
+from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 # -- the name --------------------------------------------------------------------------------------
 
@@ -56,6 +57,9 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 assert "ATTNCACHE" not in AttentionBackendEnum.__members__, "it is there without the plugin"
 loaded = pickle.loads(sys.stdin.buffer.read())
 assert loaded["backend"] is AttentionBackendEnum["ATTNCACHE"]
+# Whose scheduler is to be made there.
+from vllm.v1.core.sched.output import NewRequestData
+assert NewRequestData.from_request._attncache
 print(pickle.dumps(loaded).hex())
 """
     output = subprocess.run(
@@ -130,6 +134,7 @@ def test_the_choice_of_another_backend_passes_through_as_it_came(
     monkeypatch.setattr(weights, "hook_weight_processing", refuse)
     monkeypatch.setattr(batches, "hook_model_runner", refuse)
     monkeypatch.setattr(batches, "hook_cache_initialization", refuse)
+    monkeypatch.setattr(tenants, "hook_request_states", refuse)
     monkeypatch.setattr(backend, "wrap_backend", refuse)
     selector = object()
     path = recording.get_attn_backend_cls(selected, selector, num_heads=4)
@@ -153,6 +158,7 @@ def test_a_configuration_without_our_backend_or_a_model_is_left_alone(
 ) -> None:
     monkeypatch.setattr(selection, "check_vllm_version", refuse)
     monkeypatch.setattr(startup, "check_before_start", refuse)
+    monkeypatch.setattr(selection, "hook_new_requests", refuse)
     config = configuration(selected, model)
     recording.check_and_update_config(config)
     assert recording.calls == [(type(recording), config)]
@@ -187,11 +193,12 @@ def test_our_backend_wraps_what_the_platform_would_have_chosen(
     monkeypatch.setattr(weights, "hook_weight_processing", lambda: hooked.append("weights"))
     monkeypatch.setattr(batches, "hook_model_runner", lambda: hooked.append("runner"))
     monkeypatch.setattr(batches, "hook_cache_initialization", lambda: hooked.append("cache"))
+    monkeypatch.setattr(tenants, "hook_request_states", lambda: hooked.append("states"))
     monkeypatch.setattr(backend, "wrap_backend", lambda path: f"wrapped({path})")
     ours = AttentionBackendEnum["ATTNCACHE"]
     assert recording.get_attn_backend_cls(ours, "selector") == "wrapped(standard.Backend1)"
     assert recording.calls == [(type(recording), (None, "selector"), {})]
-    assert hooked == ["weights", "runner", "cache"]
+    assert hooked == ["weights", "runner", "cache", "states"]
 
 
 def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_ops(
@@ -200,10 +207,11 @@ def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_op
     checked: list[Any] = []
     monkeypatch.setattr(selection, "check_vllm_version", lambda: checked.append("version"))
     monkeypatch.setattr(startup, "check_before_start", checked.append)
+    monkeypatch.setattr(selection, "hook_new_requests", lambda: checked.append("requests"))
     config = configuration(AttentionBackendEnum["ATTNCACHE"])
     recording.check_and_update_config(config)
     assert recording.calls == [(type(recording), config)]
-    assert checked == ["version", config]
+    assert checked == ["version", config, "requests"]
     assert config.compilation_config.custom_ops == ["none", "+rotary_embedding"]
     assert config.compilation_config.splitting_ops == [
         "vllm::unified_attention",
@@ -317,6 +325,111 @@ def test_prompts_of_a_failed_build_are_forgotten(hooked_runner: type[Runner]) ->
 def test_the_runner_is_wrapped_once(hooked_runner: type[Runner]) -> None:
     wrapper: Any = hooked_runner._build_attention_metadata
     assert wrapper.__wrapped__ is Runner._build_attention_metadata
+
+
+# -- whose a request is ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def new_requests(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """vLLM's module of what a scheduler sends, with its own class hooked, as often as may be."""
+    from vllm.v1.core.sched import output
+
+    own = vars(output.NewRequestData)["from_request"]
+    plain = getattr(own.__func__, "__wrapped__", own.__func__)  # hooked by an earlier test
+    monkeypatch.setattr(output.NewRequestData, "from_request", classmethod(plain))
+    for _ in range(3):
+        tenants.hook_new_requests()
+    assert output.NewRequestData.from_request.__wrapped__ is plain
+    return output
+
+
+def request(name: str, salt: str | None) -> Any:
+    from vllm import PoolingParams
+    from vllm.v1.request import Request
+
+    return Request(name, [1, 2, 3], None, PoolingParams(), cache_salt=salt)
+
+
+def sent(output: Any, *made: Any) -> Any:
+    """What a worker in another process is told of new requests."""
+    step = output.SchedulerOutput.make_empty()
+    step.scheduled_new_reqs = list(made)
+    return pickle.loads(pickle.dumps(step))
+
+
+class States:
+    """Keeps states of requests as vLLM's runner does: made field by field."""
+
+    def __init__(self) -> None:
+        self.requests: dict[str, Any] = {}
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        for name in scheduler_output.finished_req_ids:
+            self.requests.pop(name)
+        for made in scheduler_output.scheduled_new_reqs:
+            self.requests[made.req_id] = SimpleNamespace(mm_features=made.mm_features)
+        return "what the runner calls later"
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> States:
+    fresh = type("FreshStates", (States,), {})
+    module = SimpleNamespace(GPUModelRunner=fresh)
+    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu_model_runner", module)
+    for _ in range(3):
+        tenants.hook_request_states()
+    assert fresh._update_states.__wrapped__ is States._update_states
+    return fresh()
+
+
+def test_the_worker_learns_whose_a_request_is_and_nothing_of_its_salt(
+    new_requests: Any, states: States
+) -> None:
+    salts = {"first": "secret one", "second": "secret two", "none": None}
+    made = [
+        new_requests.NewRequestData.from_request(request(name, salt), ([1],))
+        for name, salt in salts.items()
+    ]
+    assert (made[0].req_id, made[0].prompt_token_ids, made[0].block_ids) == (
+        "first",
+        [1, 2, 3],
+        ([1],),
+    )
+    told = sent(new_requests, *made)
+    assert b"secret" not in pickle.dumps(told)
+    assert states._update_states(told) == "what the runner calls later"
+    assert {name: tenants.tenant_of_state(state) for name, state in states.requests.items()} == {
+        name: tenant_of(salt) for name, salt in salts.items()
+    }
+    # A name that is used again has nothing of its predecessor.
+    ended = sent(new_requests)
+    ended.finished_req_ids = {"first"}
+    states._update_states(ended)
+    again = new_requests.NewRequestData.from_request(request("first", None), ([1],))
+    states._update_states(sent(new_requests, again))
+    assert tenants.tenant_of_state(states.requests["first"]) == SHARED_TENANT
+
+
+def test_of_a_request_from_a_scheduler_that_says_nothing_nobody_knows_whose_it_is(
+    new_requests: Any, states: States
+) -> None:
+    salted = new_requests.NewRequestData.from_request(request("salted", "secret"), ([1],))
+    fields = {name: getattr(salted, name) for name in type(salted).__dataclass_fields__}
+    states._update_states(sent(new_requests, type(salted)(**fields)))
+    assert tenants.tenant_of_state(states.requests["salted"]) is None
+
+
+def test_the_tenant_of_a_row_is_that_of_its_request(hooked_runner: type[Runner]) -> None:
+    # Told, not told, of more than token ids, gone, and padding behind the last request.
+    hooked_runner.asked = staticmethod(lambda: [p.tenant for p in compat.prompts(5) or []])
+    runner = hooked_runner([1], [2], [3], [4])
+    runner.requests["request 0"].attncache_tenant = SHARED_TENANT
+    runner.requests["request 2"].attncache_tenant = tenant_of("secret")
+    runner.requests["request 2"].mm_features = ["image"]
+    del runner.requests["request 3"]
+    found, _, _ = runner._build_attention_metadata()
+    assert found == [SHARED_TENANT, None, tenant_of("secret"), None, None]
 
 
 # -- the tested version ----------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.reuse.tiles import encode_tiles
 from attncache_vllm.store import MAX_LENGTH, Neighbour, Overlap, Record, StoreStats, token_hash
+from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
 WINDOWED = MapLayout(4, 1, Mask(window=16))
@@ -117,6 +118,7 @@ class FakeStore:
         features: np.ndarray,
         lengths: Sequence[tuple[int, int]],
         *,
+        tenants: Sequence[str],
         neighbours: int,
         deadline: float,
     ) -> list[list[Neighbour]]:
@@ -124,6 +126,7 @@ class FakeStore:
             {
                 "features": features,
                 "lengths": list(lengths),
+                "tenants": list(tenants),
                 "neighbours": neighbours,
                 "deadline": deadline,
             }
@@ -133,10 +136,21 @@ class FakeStore:
         return self.answers
 
     def overlaps(
-        self, sketches: Sequence[np.ndarray], *, neighbours: int, deadline: float
+        self,
+        sketches: Sequence[np.ndarray],
+        *,
+        tenants: Sequence[str],
+        neighbours: int,
+        deadline: float,
     ) -> list[list[Overlap]]:
-        asked = {"sketches": list(sketches), "neighbours": neighbours, "deadline": deadline}
-        self.asked_overlaps.append(asked)
+        self.asked_overlaps.append(
+            {
+                "sketches": list(sketches),
+                "tenants": list(tenants),
+                "neighbours": neighbours,
+                "deadline": deadline,
+            }
+        )
         self._fail("overlaps")
         return self.overlapping
 
@@ -195,13 +209,24 @@ def pooled(rows: int) -> torch.Tensor:
 
 
 def unknown(lengths: Sequence[int]) -> list[step.Sequence]:
-    """Sequences of which only the lengths are known."""
-    return [step.Sequence(row, 100 * row, length) for row, length in enumerate(lengths)]
+    """Sequences of which only the lengths are known, and whose they are."""
+    return [
+        step.Sequence(row, 100 * row, length, None, SHARED_TENANT)
+        for row, length in enumerate(lengths)
+    ]
 
 
 def known(*ids: np.ndarray) -> list[step.Sequence]:
     """Sequences with their token ids."""
-    return [step.Sequence(row, 100 * row, len(own), own) for row, own in enumerate(ids)]
+    return [
+        step.Sequence(row, 100 * row, len(own), own, SHARED_TENANT) for row, own in enumerate(ids)
+    ]
+
+
+def of_tenants(
+    sequences: list[step.Sequence], tenants: Sequence[str | None]
+) -> list[step.Sequence]:
+    return [replace(s, tenant=tenant) for s, tenant in zip(sequences, tenants, strict=True)]
 
 
 def begin(lookups: Lookups, sequences: Sequence[int] | list[step.Sequence]) -> Future[Any]:
@@ -673,6 +698,85 @@ def test_maps_of_aligned_matches_stay_in_memory_apart_from_those_of_neighbours(
         assert neighbour.served[2].maps.groups == (0, 1)
     lookups._thread.shutdown()
     assert store.loaded == [[4], [4]]
+
+
+# -- tenants -----------------------------------------------------------------------------------
+
+FIRST, SECOND = tenant_of("first"), tenant_of("second")
+
+
+def test_each_sequence_is_looked_up_among_the_entries_of_its_tenant(store: FakeStore) -> None:
+    layouts: Layouts = {2: CAUSAL, 3: CAUSAL}
+    plan = shared({"aligned": EVERY_CAUSAL, "neighbour": EVERY_CAUSAL})
+    lookups = make_lookups(store, plan, layouts)
+    store.records.update(make_records(layouts))
+    store.overlapping, store.answers = [[], overlap(4)], [near(3), near(1)]
+    asked = of_tenants([*known(edit(3, 1), edit(4, 20)), *unknown([20])], [FIRST, SECOND, ""])
+    hits = look_up(lookups, asked)
+    lookups._thread.shutdown()
+    [by_tokens], [by_feature] = store.asked_overlaps, store.asked
+    assert by_tokens["tenants"] == [FIRST, SECOND]
+    # The second has what it needs.
+    assert by_feature["tenants"] == [FIRST, ""]
+    assert [hit.source if hit else None for hit in hits] == ["neighbour", "aligned", "neighbour"]
+
+
+def test_a_sequence_of_whom_nobody_knows_finds_nothing(store: FakeStore) -> None:
+    lookups = make_lookups(store, shared({"aligned": EVERY, "neighbour": EVERY}))
+    store.answers = [near(1)]
+    asked = of_tenants([*known(edit(3, 1)), *unknown([20, 20])], [None, None, FIRST])
+    hits = look_up(lookups, asked)
+    assert store.asked_overlaps == []
+    [by_feature] = store.asked
+    assert by_feature["tenants"] == [FIRST]
+    with torch.no_grad():
+        own = PROJECTOR(pooled(3)).numpy()[2:]
+    np.testing.assert_allclose(by_feature["features"], own, rtol=1e-3)
+    assert hits[:2] == [None, None]
+    assert_maps_of(hits[2], 1)
+    # And asks for nothing.
+    assert look_up(lookups, of_tenants(unknown([20]), [None])) == [None]
+    lookups._thread.shutdown()
+    assert len(store.asked) == 1
+
+
+class OwnedStore(FakeStore):
+    """Has every entry for the tenant that ``owners`` says, and answers with the nearest first."""
+
+    owners: dict[int, str]
+
+    def lookup(self, *args: Any, tenants: Sequence[str], **kwargs: Any) -> list[list[Neighbour]]:
+        return [near(*self._of(tenant)) for tenant in tenants]
+
+    def overlaps(self, *args: Any, tenants: Sequence[str], **kwargs: Any) -> list[list[Overlap]]:
+        return [overlap(*self._of(tenant)) for tenant in tenants]
+
+    def _of(self, tenant: str) -> list[int]:
+        return [entry_id for entry_id, owner in self.owners.items() if owner == tenant]
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_no_sequence_is_ever_served_from_an_entry_of_another_tenant(data: st.DataObject) -> None:
+    tenants = st.sampled_from([SHARED_TENANT, FIRST, SECOND])
+    store = OwnedStore([])
+    store.owners = {entry_id: data.draw(tenants) for entry_id in LENGTHS}
+    layouts: Layouts = {2: CAUSAL, 3: CAUSAL}
+    store.records.update(make_records(layouts))
+    plan = shared({"aligned": EVERY_CAUSAL, "neighbour": EVERY_CAUSAL}, gate=1.0)
+    lookups = make_lookups(store, plan, layouts)
+    # Several batches, so that the second finds resident what the first has loaded.
+    for _ in range(2):
+        texts = data.draw(st.lists(st.sampled_from(sorted(LENGTHS)), min_size=1, max_size=6))
+        asked = known(*(tokens_of(entry_id) for entry_id in texts))
+        asked = of_tenants(asked, [data.draw(st.none() | tenants) for _ in texts])
+        for sequence, hit in zip(asked, look_up(lookups, asked), strict=True):
+            for served in hit.served.values() if hit else ():
+                lse = served.maps.lse
+                assert lse is not None
+                [entry_id] = set(lse.flatten().tolist())
+                assert store.owners[int(entry_id)] == sequence.tenant
+    lookups._thread.shutdown()
 
 
 # -- memory ------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.template import Templates
+from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 FEATURE_LAYER = "model.layers.0.self_attn.attn"
 SLOTS = 2
@@ -85,7 +86,7 @@ def make_canaries(share: float = 0.0) -> Canaries:
     every = tuple((0, 1) for _ in range(NUM_LAYERS))
     sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
     plan = Plan(0, NUM_LAYERS, {source: SourcePlan(every) for source in sources})
-    return Canaries(plan, share, Path("no store"))
+    return Canaries(plan, share, lambda: 0, "attncache rearm")
 
 
 def make_serving(
@@ -185,6 +186,35 @@ def test_whole_sequences_that_are_long_enough_are_looked_up_and_the_others_bypas
     }
     # Three groups of both hits; parts of prompts are in neither.
     assert rows.since == (3 * 9, GROUPS * (3 + 9) - 3 * 9)
+
+
+def test_whose_a_sequence_is_goes_with_it_and_without_a_salt_it_may_be_refused() -> None:
+    salted = tenant_of("secret")
+    tenants = [SHARED_TENANT, salted, None, SHARED_TENANT]
+    prompts = [
+        compat.Prompt(length, None, t) for length, t in zip((5, 6, 7, 3), tenants, strict=True)
+    ]
+    metadata, states = batch([5, 6, 7, 3], prompts=prompts), hidden(21)
+
+    lookups = FakeLookups([None] * 3)
+    serving = make_serving(lookups)
+    observe(serving, metadata, states).served(2)
+    [asked] = lookups.asked
+    assert [(s.row, s.tenant) for s in asked.sequences] == list(enumerate(tenants[:3]))
+    assert serving.outcomes.reasons == {
+        "miss: nothing close enough": 3,
+        "bypass: shorter than min_tokens": 1,
+    }
+
+    # Templates are for everybody who may be served at all.
+    lookups, rows = FakeLookups([None] * 2), Rows()
+    serving = make_serving(lookups, TEMPLATES, unsalted="off")
+    assert sources_of(observe(serving, metadata, states))[1] == {1: "template", 2: "template"}
+    [asked] = lookups.asked
+    assert [(s.row, s.tenant) for s in asked.sequences] == [(1, salted), (2, None)]
+    assert serving.outcomes.reasons == {"hit: template": 2, "bypass: no cache_salt": 2}
+    reused, computed = rows.since
+    assert reused + computed == GROUPS * 21
 
 
 def test_nothing_is_pooled_if_no_feature_is_looked_at() -> None:
@@ -311,7 +341,7 @@ def test_a_layer_that_left_its_band_is_exact_where_that_source_would_serve_it() 
         source: SourcePlan(every, errors=((0.1, 0.01),) * NUM_LAYERS)
         for source in ("neighbour", "template")
     }
-    canaries = Canaries(Plan(0, NUM_LAYERS, parts), 0.0, Path("no store"))
+    canaries = Canaries(Plan(0, NUM_LAYERS, parts), 0.0, lambda: 0, "attncache rearm")
     hits = [served_by("neighbour", {1: (0, 1), 3: (0, 1)}), None]
     serving, rows = make_serving(FakeLookups(hits), TEMPLATES, canaries), Rows()
     both = {0: "neighbour", 1: "template"}

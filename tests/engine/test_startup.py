@@ -39,7 +39,7 @@ from recorded_stores import (
 from torch import Tensor
 
 from attncache_vllm.config import Settings
-from attncache_vllm.engine import calibrate, compat, metrics, record
+from attncache_vllm.engine import calibrate, compat, metrics, record, startup
 from attncache_vllm.engine.startup import attach, check_before_start, effective_plan
 from attncache_vllm.errors import (
     AttnCacheError,
@@ -52,8 +52,9 @@ from attncache_vllm.reuse.correct import Correction, corrections_to_bytes
 from attncache_vllm.reuse.drift import MIN_CANARIES
 from attncache_vllm.reuse.plan import Plan, SourcePlan
 from attncache_vllm.reuse.template import Templates
-from attncache_vllm.store import LocalStore
+from attncache_vllm.store import LocalStore, MapStore, ServedStore
 from attncache_vllm.store.rearm import rearm
+from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 # The package silences it where it is loaded; pytest has filters of its own.
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
@@ -178,6 +179,100 @@ def test_the_settings_gate_stands_in_for_the_plans(store: Path) -> None:
     answer = run_model(model, [whole(OTHER)])
     assert since(before) == {"hit": 1}
     assert relative(answer, exact(OTHER)) > 10 * TOLERANCE
+
+
+# -- tenants -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["neighbour", "aligned"])
+def test_a_text_of_the_shared_tenant_is_found_by_nobody_else(tmp_path: Path, source: str) -> None:
+    path = publish(recorded(tmp_path / "store"), plan_of(**{source: SourcePlan(WHOLE, 1e-3)}))
+    model = make_model()
+    attach(model, make_config(settings(path)))
+    before = outcomes()
+    for tenant in (tenant_of("secret"), None):
+        answer = run_model(model, [whole(TEXTS[0], IDS[0], tenant)])
+        assert torch.equal(answer, exact(TEXTS[0]))
+    assert since(before) == {"miss": 2}
+    # Nor does it find what the shared tenant has made resident, not even in the same step.
+    rows = [whole(TEXTS[0], IDS[0], t) for t in (SHARED_TENANT, tenant_of("secret"))]
+    shared, own = run_model(model, rows).split(len(TEXTS[0]))
+    assert 0 < relative(shared, exact(TEXTS[0])) <= TOLERANCE
+    assert relative(own, exact(TEXTS[0])) < 1e-5
+    assert since(before) == {"miss": 3, "hit": 1}
+
+
+def test_templates_serve_every_tenant(tmp_path: Path) -> None:
+    model = make_model()
+    attach(model, make_config(settings(with_templates(tmp_path / "store"), unsalted="off")))
+    before = outcomes()
+    run_model(model, [whole(TEXTS[2], IDS[2], tenant_of("secret"))])
+    assert since(before) == {"hit": 1}
+    assert tokens_computed(model) == [70, 0, 0]
+    assert torch.equal(run_model(model, [whole(TEXTS[2], IDS[2])]), exact(TEXTS[2]))
+    assert since(before) == {"hit": 1, "bypass": 1}
+
+
+# -- a store on a Ray cluster ------------------------------------------------------------------
+
+
+class Elsewhere:
+    """What a server needs of a store, and nothing else of a ``LocalStore``."""
+
+    def __init__(self, store: LocalStore) -> None:
+        names = [name for name in dir(ServedStore) if not name.startswith("_")]
+        names += [name for name in dir(MapStore) if not name.startswith("_")]
+        for name in set(names):
+            setattr(self, name, getattr(store, name))
+
+
+def test_a_server_needs_no_more_of_a_store_than_the_protocol(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibrated = SourcePlan(WHOLE, 1e-3, errors=((0.0, 0.0), (1e-3, 1e-3), (1e-3, 1e-3)))
+    path = with_templates(tmp_path / "store", plan_of(neighbour=calibrated, template=calibrated))
+    asked = []
+
+    def open_elsewhere(address: object, namespace: Any) -> Any:
+        asked.append(address)
+        return Elsewhere(LocalStore.open(path, namespace=namespace))
+
+    monkeypatch.setattr(startup, "open_store", open_elsewhere)
+    model = make_model()
+    attach(model, make_config(settings("ray:auto", canary_share=0.5)))
+    assert asked == ["ray:auto"]
+    before = outcomes()
+    assert relative(run_model(model, [whole(TEXTS[2])]), exact(TEXTS[2])) <= TOLERANCE
+    assert since(before) == {"hit": 1}
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_before_a_start_on_a_cluster_only_the_package_is_looked_for(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(startup, "open_store", lambda *asked: pytest.fail(f"opened {asked}"))
+    found = object() if installed else None
+    monkeypatch.setattr(startup.importlib.util, "find_spec", {"ray": found}.__getitem__)
+    config = make_config(settings("ray://head:10001"))
+    if installed:
+        check_before_start(config)
+    else:
+        message = refusal(SettingsError, lambda: check_before_start(config))
+        assert "needs the package ray, got 'ray://head:10001' without it" in message
+        assert "install attncache-vllm[ray]" in message
+
+
+@pytest.mark.parametrize("change", [{"record": RECORD}, {"calibrate": True}])
+def test_a_cluster_is_no_place_to_record_or_calibrate_in(change: dict[str, Any]) -> None:
+    config = make_config(settings("ray:auto", **change))
+    for refuse in (check_before_start, lambda config: attach(make_model(), config)):
+        message = refusal(SettingsError, lambda refuse=refuse: refuse(config))
+        assert "built and calibrated in a folder, got 'ray:auto'" in message
+
+
+def test_the_log_says_how_layers_are_rearmed(tmp_path: Path) -> None:
+    assert startup._rearm_command(tmp_path) == f"attncache rearm {tmp_path}"
+    assert startup._rearm_command("ray:auto") == "attncache store rearm --address ray:auto"
 
 
 # -- templates, corrections, alignment, canaries -----------------------------------------------

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small stores with known contents. Record i is a function of i, so any process can check it."""
 
+import math
 from pathlib import Path
 
 import numpy as np
 
-from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace, Record, token_hash
+from attncache_vllm.store import (
+    MAX_LENGTH,
+    LocalStore,
+    MapStore,
+    Namespace,
+    Neighbour,
+    Record,
+    token_hash,
+)
+from attncache_vllm.tenants import SHARED_TENANT
 
 NAMESPACE = Namespace(
     model="org/model",
@@ -23,6 +33,8 @@ NAMESPACE = Namespace(
 FEATURE_DIM = 8
 ARTIFACTS = {"templates": bytes(range(200)), "corrections": b"corrections"}
 ANY_LENGTH = (1, MAX_LENGTH)
+# The tenant of one query.
+SHARED = [SHARED_TENANT]
 
 
 def make_record(number: int, *, map_bytes: int | None = None) -> Record:
@@ -50,6 +62,20 @@ def make_sketch(number: int) -> np.ndarray:
 
 def make_features(entries: int) -> np.ndarray:
     return np.random.default_rng(7).normal(size=(entries, FEATURE_DIM)).astype(np.float32)
+
+
+def near(
+    store: MapStore, features: np.ndarray, neighbours: int = 1, deadline: float = math.inf
+) -> list[list[Neighbour]]:
+    """What is nearest, whatever its length."""
+    queries = len(features)
+    return store.lookup(
+        features,
+        [ANY_LENGTH] * queries,
+        tenants=SHARED * queries,
+        neighbours=neighbours,
+        deadline=deadline,
+    )
 
 
 def assert_same(found: Record, expected: Record) -> None:

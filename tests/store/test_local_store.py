@@ -19,19 +19,23 @@ from store_samples import (
     ARTIFACTS,
     FEATURE_DIM,
     NAMESPACE,
+    SHARED,
     assert_same,
     build_store,
     make_features,
     make_record,
     make_sketch,
+    near,
 )
 
 from attncache_vllm.errors import NamespaceMismatch, StoreDamaged, StoreError, StoreTimeout
-from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace
+from attncache_vllm.store import MAX_LENGTH, LocalStore, Namespace, open_store
 from attncache_vllm.store import manifest as manifest_module
 from attncache_vllm.store import published as published_module
 from attncache_vllm.store.index import FeatureIndex, build_index
+from attncache_vllm.store.rearm import rearm, rearmed_at
 from attncache_vllm.store.records import read_layout
+from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 NEVER = math.inf
 
@@ -126,7 +130,7 @@ def test_loaded_records_outlive_their_store(store_path: Path) -> None:
     "use",
     [
         lambda s: s.load([0], deadline=NEVER),
-        lambda s: s.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER),
+        lambda s: near(s, make_features(1)),
         lambda s: s.put(make_record(0)),
         lambda s: s.commit(),
         lambda s: s.verify(),
@@ -134,7 +138,7 @@ def test_loaded_records_outlive_their_store(store_path: Path) -> None:
         lambda s: s.projector_bytes,
         lambda s: s.artifact("templates"),
         lambda s: s.token_ids([0], deadline=NEVER),
-        lambda s: s.overlaps([make_sketch(0)], neighbours=1, deadline=NEVER),
+        lambda s: s.overlaps([make_sketch(0)], tenants=SHARED, neighbours=1, deadline=NEVER),
         lambda s: s.publish_plan({}, {}, {}),
     ],
 )
@@ -278,7 +282,11 @@ def test_a_query_of_the_wrong_shape_is_named(store_path: Path) -> None:
         for shape in ((1, FEATURE_DIM + 1), (2, FEATURE_DIM), (FEATURE_DIM,)):
             with pytest.raises(StoreError, match="features must be"):
                 store.lookup(
-                    np.zeros(shape, np.float32), [ANY_LENGTH], neighbours=1, deadline=NEVER
+                    np.zeros(shape, np.float32),
+                    [ANY_LENGTH],
+                    tenants=SHARED,
+                    neighbours=1,
+                    deadline=NEVER,
                 )
 
 
@@ -286,14 +294,14 @@ def test_late_calls_are_refused_and_counted(store_path: Path) -> None:
     with LocalStore.open(store_path) as store:
         past = time.monotonic() - 1
         with pytest.raises(StoreTimeout):
-            store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=past)
+            near(store, make_features(1), deadline=past)
         with pytest.raises(StoreTimeout):
             store.load([0], deadline=past)
         with pytest.raises(StoreTimeout):
             store.token_ids([0], deadline=past)
         with pytest.raises(StoreTimeout):
-            store.overlaps([make_sketch(0)], neighbours=1, deadline=past)
-        store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=time.monotonic() + 60)
+            store.overlaps([make_sketch(0)], tenants=SHARED, neighbours=1, deadline=past)
+        near(store, make_features(1), deadline=time.monotonic() + 60)
         stats = store.stats()
         assert (stats.lookups, stats.late, stats.damaged) == (2, 4, 0)
 
@@ -352,15 +360,15 @@ def test_a_sequence_with_damaged_token_ids_is_found_by_nothing_again(store_path:
         start = read_layout(memoryview(record)[: entry.size]).token_ids.start
     flip(store_path / f"maps-{entry.segment:06d}", entry.offset + start)
     with LocalStore.open(store_path) as store:
-        [[found]] = store.overlaps([make_sketch(4)], neighbours=1, deadline=NEVER)
+        [[found]] = store.overlaps([make_sketch(4)], tenants=SHARED, neighbours=1, deadline=NEVER)
         assert found.entry_id == 4
         damaged, sound = store.token_ids([4, 5], deadline=NEVER)
         assert damaged is None and sound is not None
         assert load_one(store, 4) is None
-        [found] = store.overlaps([make_sketch(4)], neighbours=12, deadline=NEVER)
+        [found] = store.overlaps([make_sketch(4)], tenants=SHARED, neighbours=12, deadline=NEVER)
         assert {overlap.entry_id for overlap in found} == set(range(12)) - {4}
         query = make_features(12)[4:5]
-        [found] = store.lookup(query, [ANY_LENGTH], neighbours=12, deadline=NEVER)
+        [found] = near(store, query, neighbours=12)
         assert {n.entry_id for n in found} == set(range(12)) - {4}
         assert store.stats().damaged == 1
 
@@ -371,7 +379,7 @@ def test_overlaps_come_from_the_sketches_of_published_entries(store_path: Path) 
         store.commit()
     with LocalStore.open(store_path) as store:
         asked = [make_sketch(number) for number in (12, 3, 6)]
-        answers = store.overlaps(asked, neighbours=99, deadline=NEVER)
+        answers = store.overlaps(asked, tenants=SHARED * 3, neighbours=99, deadline=NEVER)
         for query, answer in zip(asked, answers, strict=True):
             # One value is in every sketch.
             assert {overlap.entry_id for overlap in answer} == set(range(12))
@@ -382,6 +390,66 @@ def test_overlaps_come_from_the_sketches_of_published_entries(store_path: Path) 
         assert [answer[0].entry_id for answer in answers] == [0, 3, 6]
 
 
+# -- tenants -----------------------------------------------------------------------------------
+
+
+def test_only_the_shared_tenant_finds_what_is_in_a_folder(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        queries, sketches = make_features(12), [make_sketch(number) for number in range(12)]
+        nearest = near(store, queries, neighbours=3)
+        alike = store.overlaps(sketches, tenants=SHARED * 12, neighbours=3, deadline=NEVER)
+        assert all(nearest) and all(alike)
+        # Whoever asks beside it, the shared tenant is answered as if it asked alone.
+        tenants = [SHARED_TENANT, tenant_of("secret")] * 6
+        found = store.lookup(
+            queries, [ANY_LENGTH] * 12, tenants=tenants, neighbours=3, deadline=NEVER
+        )
+        assert found[::2] == nearest[::2]
+        assert found[1::2] == [[]] * 6
+        shared = store.overlaps(sketches, tenants=tenants, neighbours=3, deadline=NEVER)
+        assert shared[::2] == alike[::2]
+        assert shared[1::2] == [[]] * 6
+
+
+def test_each_query_must_have_a_tenant(store_path: Path) -> None:
+    with LocalStore.open(store_path) as store:
+        for use in (
+            lambda: store.lookup(
+                make_features(2), [ANY_LENGTH] * 2, tenants=SHARED, neighbours=1, deadline=NEVER
+            ),
+            lambda: store.overlaps([], tenants=SHARED, neighbours=1, deadline=NEVER),
+        ):
+            with pytest.raises(StoreError, match="must have a tenant, got 1"):
+                use()
+
+
+# -- what a server asks ------------------------------------------------------------------------
+
+
+def test_a_server_is_started_on_the_store_of_a_folder(store_path: Path) -> None:
+    for address in (str(store_path), store_path):
+        store = open_store(address, NAMESPACE)
+        assert isinstance(store, LocalStore)
+        assert (store.namespace, store.build) == (NAMESPACE, {"texts": "sample"})
+        assert store.rearmed_at() == 0
+        rearm(store_path)
+        assert store.rearmed_at() == rearmed_at(store_path) > 0
+        (store_path / "rearmed").unlink()
+        store.close()
+    with pytest.raises(NamespaceMismatch):
+        open_store(store_path, replace(NAMESPACE, weights="1f" * 32))
+
+
+def test_a_folder_may_have_the_name_of_an_address(
+    store_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_path.rename(tmp_path / "ray:auto")
+    monkeypatch.chdir(tmp_path)
+    store = open_store(Path("ray:auto"))
+    assert isinstance(store, LocalStore) and store.stats().entries == 12
+    store.close()
+
+
 # -- publishing --------------------------------------------------------------------------------
 
 
@@ -390,11 +458,11 @@ def test_before_a_publication_there_is_nothing_to_look_up(tmp_path: Path) -> Non
         store.put(make_record(0))
         assert store.artifact("templates") is None
         for use in (
-            lambda: store.overlaps([make_sketch(0)], neighbours=1, deadline=NEVER),
+            lambda: store.overlaps([make_sketch(0)], tenants=SHARED, neighbours=1, deadline=NEVER),
             lambda: store.publish_plan({}, {}, {}),
             lambda: store.plan,
             lambda: store.projector_bytes,
-            lambda: store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER),
+            lambda: near(store, make_features(1)),
         ):
             with pytest.raises(StoreError, match="built to its end"):
                 use()
@@ -439,10 +507,10 @@ def test_publishing_again_replaces_the_files_under_a_reader(store_path: Path) ->
         assert len(files_like(store_path, kind)) == 1
     assert files_like(store_path, "artifact-corrections") == []
     query = make_features(12)[5:6]
-    assert reader.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)[0][0].entry_id == 5
+    assert near(reader, query)[0][0].entry_id == 5
     assert_same(load_one(reader, 5), make_record(5))
     assert reader.projector_bytes == b"projector"
-    [overlaps] = reader.overlaps([make_sketch(5)], neighbours=1, deadline=NEVER)
+    [overlaps] = reader.overlaps([make_sketch(5)], tenants=SHARED, neighbours=1, deadline=NEVER)
     assert overlaps[0].entry_id == 5
     # Artifacts are read when they are asked for; what was replaced is refused, not mistaken.
     with pytest.raises(StoreDamaged, match="if it was replaced meanwhile open the store again"):
@@ -472,7 +540,7 @@ def test_a_plan_is_published_with_its_artifacts_and_keeps_the_rest(store_path: P
         )
         assert unchanged == before
         assert store.verify().ok
-        found = store.lookup(make_features(12), [ANY_LENGTH] * 12, neighbours=1, deadline=NEVER)
+        found = near(store, make_features(12))
         assert [neighbours[0].entry_id for neighbours in found] == list(range(12))
 
 
@@ -523,7 +591,7 @@ def test_entries_put_after_the_publication_are_kept_but_not_found(store_path: Pa
         store.put(make_record(12))
         store.commit()
     with LocalStore.open(store_path) as store:
-        found = store.lookup(make_features(1), [ANY_LENGTH], neighbours=99, deadline=NEVER)[0]
+        found = near(store, make_features(1), neighbours=99)[0]
         assert {n.entry_id for n in found} == set(range(12))
         assert_same(load_one(store, 12), make_record(12))
         report = store.verify()
@@ -541,9 +609,9 @@ def test_a_damaged_record_is_skipped_counted_once_and_not_found_again(
     flip(store_path / f"maps-{entry.segment:06d}", entry.offset + entry.size - 1)
     query = make_features(12)[4:5]
     with LocalStore.open(store_path) as store:
-        assert store.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)[0][0].entry_id == 4
+        assert near(store, query)[0][0].entry_id == 4
         assert store.load([4, 5, 4], deadline=NEVER)[::2] == [None, None]
-        found = store.lookup(query, [ANY_LENGTH], neighbours=12, deadline=NEVER)[0]
+        found = near(store, query, neighbours=12)[0]
         assert {n.entry_id for n in found} == set(range(12)) - {4}
         assert [entry_id for entry_id, _ in store.records()] == [n for n in range(12) if n != 4]
         assert store.stats().damaged == 1
@@ -589,7 +657,7 @@ def test_a_damaged_index_is_built_again(store_path: Path, harm: str) -> None:
     flip(index_file, 40) if harm == "flip" else index_file.unlink()
     with LocalStore.open(store_path) as store:
         features = make_features(12)
-        found = store.lookup(features, [ANY_LENGTH] * 12, neighbours=1, deadline=NEVER)
+        found = near(store, features)
         assert [neighbours[0].entry_id for neighbours in found] == list(range(12))
         assert store.stats().damaged == 1
         assert [index_file.name in problem for problem in store.verify().problems] == [True]
@@ -678,7 +746,7 @@ def test_a_folder_deleted_while_open_is_no_crash(store_path: Path) -> None:
         assert_same(load_one(store, 0), make_record(0))
         assert load_one(store, 11) is None
         assert store.stats().damaged == 1
-        assert store.lookup(make_features(1), [ANY_LENGTH], neighbours=1, deadline=NEVER)[0]
+        assert near(store, make_features(1))[0]
         assert not store.verify().ok
     writer.put(make_record(99))
     with pytest.raises(StoreError, match="commit"):
@@ -783,7 +851,7 @@ def test_many_threads_may_read(store_path: Path) -> None:
     def use(number: int) -> None:
         entry_id = number % 12
         query = features[entry_id : entry_id + 1]
-        found = store.lookup(query, [ANY_LENGTH], neighbours=1, deadline=NEVER)
+        found = near(store, query)
         assert found[0][0].entry_id == entry_id
         assert_same(load_one(store, entry_id), make_record(entry_id))
 

@@ -21,14 +21,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_samples import (
-    ANY_LENGTH,
     ARTIFACTS,
     NAMESPACE,
+    SHARED,
     assert_same,
     build_store,
     make_features,
     make_record,
     make_sketch,
+    near,
 )
 
 from attncache_vllm.errors import StoreDamaged
@@ -68,12 +69,10 @@ def file_of(path: Path, kind: str) -> Path:
 def sound_entries(path: Path) -> set[int]:
     """Open, use and close a harmed store; the entries it still has, all of them checked."""
     with LocalStore.open(path) as store:
-        found = store.lookup(
-            make_features(ENTRIES), [ANY_LENGTH] * ENTRIES, neighbours=1, deadline=NEVER
-        )
+        found = near(store, make_features(ENTRIES))
         assert [neighbours[0].entry_id for neighbours in found] == list(range(ENTRIES))
         sketches = [make_sketch(number) for number in range(ENTRIES)]
-        overlaps = store.overlaps(sketches, neighbours=1, deadline=NEVER)
+        overlaps = store.overlaps(sketches, tenants=SHARED * ENTRIES, neighbours=1, deadline=NEVER)
         assert [overlap[0].entry_id for overlap in overlaps] == list(range(ENTRIES))
         assert (store.plan, store.projector_bytes) == ({"layers": [1, 3]}, b"projector")
         sound = set()
@@ -346,7 +345,9 @@ def test_a_crash_before_any_disk_operation_leaves_the_old_or_the_new_state(
             assert store.projector_bytes == (b"new" if published else b"projector")
             assert store.artifact("new") == (b"new" if published else None)
             assert store.artifact("templates") == (None if published else ARTIFACTS["templates"])
-            found = store.overlaps([make_sketch(ENTRIES)], neighbours=1, deadline=NEVER)
+            found = store.overlaps(
+                [make_sketch(ENTRIES)], tenants=SHARED, neighbours=1, deadline=NEVER
+            )
             assert (found[0][0].entry_id == ENTRIES) == published
             for entry_id, record in store.records():
                 assert_same(record, make_record(entry_id))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from attncache_vllm.engine.compat.tenants import tenant_of_state
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
@@ -33,11 +35,18 @@ _SOURCE = "_attncache_source"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """A whole prompt: its length in tokens, and its token ids int32 ``[length]`` if they say all
-    about it (they do not where embeddings or images stand behind some of them)."""
+    """A whole prompt.
+
+    Attributes:
+        length: in tokens.
+        token_ids: int32 ``[length]`` if they say all about it (they do not where embeddings or
+            images stand behind some of them).
+        tenant: of :func:`~attncache_vllm.tenants.tenant_of`; None if nobody said whose it is.
+    """
 
     length: int
     token_ids: np.ndarray | None = None
+    tenant: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,22 +228,22 @@ def prompts(rows: int) -> list[Prompt] | None:
     """The prompts of the first ``rows`` rows of the batch that metadata is being built for."""
     if _runner is None:
         return None
-    batch = _runner.input_batch
-    lengths = batch.num_prompt_tokens_cpu_tensor[:rows].tolist()
-    return [
-        Prompt(length, _token_ids(row, length) if row < len(batch.req_ids) else None)
-        for row, length in enumerate(lengths)
-    ]
+    lengths = _runner.input_batch.num_prompt_tokens_cpu_tensor[:rows].tolist()
+    return [_prompt(row, length) for row, length in enumerate(lengths)]
 
 
-def _token_ids(row: int, length: int) -> np.ndarray | None:
+def _prompt(row: int, length: int) -> Prompt:
     batch = _runner.input_batch
-    request = _runner.requests.get(batch.req_ids[row])
-    if request is None or request.mm_features or not batch.is_token_ids[row, :length].all():
-        return None
-    # A copy: the lookup reads it beside the forward, and the runner reuses the memory.
-    token_ids: np.ndarray = batch.token_ids_cpu[row, :length].astype(np.int32)
-    return token_ids
+    # Padding follows the requests.
+    name = batch.req_ids[row] if row < len(batch.req_ids) else None
+    request = _runner.requests.get(name)
+    if request is None:
+        return Prompt(length)
+    token_ids = None
+    if not request.mm_features and batch.is_token_ids[row, :length].all():
+        # A copy: the lookup reads it beside the forward, and the runner reuses the memory.
+        token_ids = batch.token_ids_cpu[row, :length].astype(np.int32)
+    return Prompt(length, token_ids, tenant_of_state(request))
 
 
 # --- Seam 11: the moment from which on layers can run -------------------------------------------

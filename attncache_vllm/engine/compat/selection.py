@@ -8,6 +8,7 @@ import functools
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from attncache_vllm.engine.compat.tenants import hook_new_requests
 from attncache_vllm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def _reduce_backend(member: Any) -> tuple[Any, tuple[Any, ...]]:
 
 def _attncache_member() -> Any:
     register_backend_name()
+    # A spawned engine is told nothing else before its scheduler is made.
+    hook_new_requests()
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     return AttentionBackendEnum[BACKEND_NAME]
@@ -113,12 +116,13 @@ def _get_attn_backend_cls(original: Any, selected_backend: Any, *args: Any, **kw
         path: str = original(selected_backend, *args, **kwargs)
         return path
     from attncache_vllm.engine.backend import wrap_backend
-    from attncache_vllm.engine.compat import batches, weights
+    from attncache_vllm.engine.compat import batches, tenants, weights
 
     standard_path = original(None, *args, **kwargs)
     weights.hook_weight_processing()
     batches.hook_model_runner()
     batches.hook_cache_initialization()
+    tenants.hook_request_states()
     return wrap_backend(standard_path)
 
 
@@ -130,6 +134,8 @@ def _check_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
 
     check_vllm_version()
     check_before_start(vllm_config)
+    # For an engine in this process, or in one that is forked from it.
+    hook_new_requests()
     # A layer with reuse runs inside an opaque op, where torch.compile cannot fuse its rotary
     # embedding: vLLM's C++ kernel is several times faster there than the eager torch ops.
     custom_ops = vllm_config.compilation_config.custom_ops
