@@ -53,7 +53,7 @@ class Edition:
 
     @classmethod
     def of(cls, store: LocalStore) -> "Edition":
-        """What is published in an embedded store; ``StoreError`` if nothing is, or it is damaged."""
+        """What is published in an embedded store; ``StoreError`` if nothing is or it is damaged."""
         plan, manifest = store.plan, store.manifest
         published = manifest.published
         assert published is not None, "a store without publication has no plan"
