@@ -8,13 +8,14 @@ each model.
 
 import hashlib
 import logging
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgpack
 
-from attncache_vllm.errors import StoreDamaged
+from attncache_vllm.errors import StoreDamaged, StoreError
 from attncache_vllm.store import checks
 from attncache_vllm.store import folder as folders
 from attncache_vllm.store.manifest import sync_folder, write_atomic
@@ -24,6 +25,7 @@ from attncache_vllm.store.ray.edition import MAX_BYTES, Edition
 logger = logging.getLogger(__name__)
 
 _SHA256_BYTES = 32
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Catalogue:
                 self._count_damaged(path, error)
 
     def folder(self, digest: str) -> Path:
-        """Where an edition's entries are."""
+        """Where an edition's entries are; ``StoreError`` if ``digest`` is none."""
+        if not _DIGEST.fullmatch(digest):
+            raise StoreError(f"an edition must be 64 hexadecimal digits, got {digest!r:.100}")
         return self._folder / digest[:16]
 
     def publish(self, edition: Edition) -> None:
@@ -96,12 +100,13 @@ class Catalogue:
 
     def remove(self, digest: str) -> None:
         """Forget an edition, and remove whatever is in its folder."""
+        folder = self.folder(digest)
         with folders.storing(f"remove an edition from {self._folder}"):
             current = {name: value for name, value in self._current.items() if value != digest}
             if current != self._current:
                 self._write_current(current)
             self.known.pop(digest, None)
-            shutil.rmtree(self.folder(digest), ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _write_current(self, current: dict[str, str]) -> None:
         _write(self._folder / "current", msgpack.packb(current))

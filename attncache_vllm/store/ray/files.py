@@ -82,13 +82,11 @@ class EntryFiles:
         return head
 
     def remove(self, edition: str, entry_id: int) -> None:
-        try:
-            self._path(edition, entry_id).unlink(missing_ok=True)
-        except OSError as error:
-            logger.warning("a forgotten entry stays on the disk: %s", error)
+        _unlink(self._path(edition, entry_id))
 
-    def scan(self, edition: str) -> Iterator[Head | None]:
-        """The entries of an edition, in no order; None for one that is damaged.
+    def scan(self, edition: str, dim: int) -> Iterator[Head | None]:
+        """The entries of an edition, in no order; None for one that is damaged, or whose feature
+        has not ``dim`` values.
 
         Removes what was damaged or left behind by a crash. What another key signed stays: that key
         may come back.
@@ -98,22 +96,31 @@ class EntryFiles:
         for name in names:
             path = self._folder / edition[:16] / name
             if path.suffix == ".tmp":
-                path.unlink(missing_ok=True)
+                _unlink(path)
             elif path.suffix == _SUFFIX:
                 try:
                     head = self.read(edition, _id_of(path), whole=False)
+                    if len(head.envelope.feature) != dim:
+                        raise StoreDamaged(f"its feature must have {dim} values")
                 except NotSigned as error:
                     logger.warning("%s is left alone: %s", path, error)
                     yield None
                 except StoreDamaged as error:
                     logger.warning("%s is removed: %s", path, error)
-                    path.unlink(missing_ok=True)
+                    _unlink(path)
                     yield None
                 else:
                     yield head
 
     def _path(self, edition: str, entry_id: int) -> Path:
         return self._folder / edition[:16] / f"{entry_id:016x}{_SUFFIX}"
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("what is forgotten stays on the disk: %s", error)
 
 
 def _id_of(path: Path) -> int:

@@ -280,7 +280,7 @@ class Shard(ShardReader):
         """Find what a former run kept."""
         wall, monotonic = self._wall(), self._monotonic()
         arrivals = []
-        for head in self._files.scan(edition):
+        for head in self._files.scan(edition, self._catalogue.known[edition].dim):
             if head is None:
                 self._counts["damaged"] += 1
             else:
