@@ -68,7 +68,9 @@ class Catalogue:
     def folder(self, digest: str) -> Path:
         """Where an edition's entries are; ``StoreError`` if ``digest`` is none."""
         if not _DIGEST.fullmatch(digest):
-            raise StoreError(f"an edition must be 64 hexadecimal digits, got {digest!r:.100}")
+            raise StoreError(
+                f"an edition must be 64 hexadecimal digits, got {checks.shown(digest)}"
+            )
         return self._folder / digest[:16]
 
     def publish(self, edition: Edition) -> None:
@@ -115,7 +117,7 @@ class Catalogue:
     def _parse_current(self, data: bytes) -> dict[str, str]:
         given = checks.unpack(data)
         if not isinstance(given, dict):
-            raise ValueError(f"current editions must be a mapping, got {given!r:.100}")
+            raise ValueError(f"current editions must be a mapping, got {checks.shown(given)}")
         return {
             checks.text(name, "a namespace"): checks.text(digest, "an edition")
             for name, digest in given.items()

@@ -122,11 +122,11 @@ class Edition:
 
 def _mapping(value: object, what: str) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise ValueError(f"{what} must be a mapping with string keys, got {value!r:.100}")
+        raise ValueError(f"{what} must be a mapping with string keys, got {checks.shown(value)}")
     return value
 
 
 def _bytes(value: object, what: str) -> bytes:
     if not isinstance(value, bytes):
-        raise ValueError(f"{what} must be bytes, got {value!r:.100}")
+        raise ValueError(f"{what} must be bytes, got {checks.shown(value)}")
     return value

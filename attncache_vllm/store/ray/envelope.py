@@ -214,9 +214,9 @@ def _parse_envelope(data: memoryview) -> Envelope:
     given = checks.fields(checks.unpack(data), names, "an envelope")
     created, raw = given["created"], given["feature"]
     if not isinstance(created, float) or not 0 <= created < MAX_CREATED:
-        raise ValueError(f"created must be seconds from 0 to {MAX_CREATED}, got {created!r}")
+        raise ValueError(f"created must be 0 to {MAX_CREATED} s, got {checks.shown(created)}")
     if not isinstance(raw, bytes) or not 0 < len(raw) <= 4 * MAX_DIM or len(raw) % 4:
-        raise ValueError(f"feature must be the bytes of 1 to {MAX_DIM} float32, got {raw!r:.100}")
+        raise ValueError(f"feature must be 1 to {MAX_DIM} float32, got {checks.shown(raw)}")
     feature = np.frombuffer(raw, dtype="<f4").astype(np.float32)
     if not np.isfinite(feature).all():
         raise ValueError("feature must be finite, got NaN or infinity")
