@@ -87,7 +87,7 @@ class KeptEntries:
         """Entries by id. Not to be changed."""
         return self._by_edition.get(edition, {})
 
-    def keys(self, edition: str | None = None, tenant: str | None = None) -> list[Key]:
+    def keys_of(self, edition: str | None = None, tenant: str | None = None) -> list[Key]:
         """Of all editions and tenants, unless one is given."""
         editions = list(self._by_edition) if edition is None else [edition]
         return [

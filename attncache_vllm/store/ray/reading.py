@@ -199,7 +199,7 @@ class ShardReader:
         """
         with self._mutex:
             self._forget_expired()
-            keys = self._kept.keys(edition, tenant)
+            keys = self._kept.keys_of(edition, tenant)
         ids = np.fromiter((entry_id for _, entry_id in keys), np.int64, len(keys))
         return np.sort(ids[ids > after])[:most]
 

@@ -192,7 +192,7 @@ class Shard(ShardReader):
             raise StoreError("delete needs a tenant, an edition or both, got neither")
         with self._writing:
             with self._mutex:
-                forgotten = self._forget(self._kept.keys(edition, tenant))
+                forgotten = self._forget(self._kept.keys_of(edition, tenant))
             if edition is not None and tenant is None:
                 self._catalogue.remove(edition)
             self._drop_empty_indexes()

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgpack
 import pytest
+from entry_samples import EDITION
 from hypothesis import given
 from hypothesis import strategies as st
-from shard_samples import EDITION
 from store_samples import ARTIFACTS, NAMESPACE, build_store
 
 from attncache_vllm.errors import StoreError

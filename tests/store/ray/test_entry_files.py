@@ -10,9 +10,9 @@ from typing import Any
 import msgpack
 import numpy as np
 import pytest
+from entry_samples import ALICE, DIGEST, FEATURES, bytes_of, id_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shard_samples import ALICE, DIGEST, FEATURES, bytes_of, id_of
 from store_samples import FEATURE_DIM, make_record
 
 from attncache_vllm.errors import StoreDamaged

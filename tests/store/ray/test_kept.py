@@ -17,7 +17,7 @@ def entry(tenant: str = "", size: int = 10, born: float = 0.0, cost: float = 1.0
 
 
 def ids(kept: KeptEntries, tenant: str | None = None) -> set[int]:
-    return {entry_id for _, entry_id in kept.keys(tenant=tenant)}
+    return {entry_id for _, entry_id in kept.keys_of(tenant=tenant)}
 
 
 def test_a_tenant_beyond_its_quota_gives_up_its_own() -> None:
@@ -119,7 +119,7 @@ def test_bounds_hold_and_bytes_add_up(
             assert [gone for _, gone in kept.remove([key])] == (
                 [model.pop(key)] if key in model else []
             )
-        assert {key: kept.of(key[0])[key[1]] for key in kept.keys()} == model
+        assert {key: kept.of(key[0])[key[1]] for key in kept.keys_of()} == model
         assert len(kept) == len(model)
         assert kept.bytes == sum(item.size for item in model.values()) <= limit
         tenants = {item.tenant for item in model.values()}
