@@ -25,22 +25,23 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "errors": set[str](),
     "names": set[str](),
+    "tenants": set[str](),
     "validation": {"errors"},
     "config": {"errors", "names", "validation"},
     "reuse": set[str](),
-    "store": {"errors", "validation"},
+    "store": {"errors", "tenants", "validation"},
     "serve_options": set[str](),
     "calibrate": {"errors", "names", "reuse", "serve_options", "store"},
     "evaluate": {"calibrate", "errors", "reuse", "serve_options", "store"},
     "engine": {"config", "errors", "reuse", "store"},
     "plugin": {"engine"},
     "doctor": {"config", "engine", "errors", "reuse", "serve_options", "store"},
-    "cli": {"calibrate", "doctor", "errors", "evaluate", "names", "reuse", "store"},
+    "cli": {"calibrate", "doctor", "errors", "evaluate", "names", "reuse", "store", "tenants"},
 }
 # Outside of the engine room, vLLM is only used through what it offers to its users.
 USERS_OF_VLLM = {"calibrate/build.py", "calibrate/model.py", "doctor.py", "serve_options.py"}
 # Ray ends the process of a driver that has lost its cluster: no module that a server loads has it.
-USERS_OF_RAY = {f"store/ray/{name}.py" for name in ("actor", "cluster", "gateway")}
+USERS_OF_RAY = {f"store/ray/{name}.py" for name in ("actor", "cluster")}
 # A calibration runs in the engine's process and says what its layers serve. Only what gives them
 # that knows the engine room; what is measured, compared and chosen does not.
 DRIVERS_OF_THE_ENGINE = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -109,6 +110,24 @@ class ShardActor:
         while True:
             time.sleep(_EXPIRE_SECONDS)
             self._shard.expire()
+
+
+def join(address: str) -> None:
+    """Become a driver of the Ray cluster at ``address``; ``StoreError`` if it cannot be reached."""
+    try:
+        ray.init(
+            address=address,
+            namespace=RAY_NAMESPACE,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+        )
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise StoreError(
+            f"the Ray cluster at {address!r} must be reachable, got {type(error).__name__}: "
+            f"{reason}; bring it up with 'attncache store up', and set RAY_AUTH_MODE=token if it "
+            "asks for a token"
+        ) from error
 
 
 def shard_name(number: int) -> str:

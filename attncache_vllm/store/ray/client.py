@@ -37,6 +37,8 @@ _CONNECT_SECONDS = 60.0
 _SILENT_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
 _LONGEST_BACKOFF = 30.0
+# A caller without a deadline.
+_LONGEST_SECONDS = 600.0
 # Of entries on their way to the shards: what they may take of memory, and of a core's time.
 _ADMISSION_BYTES = 256 << 20
 _ADMISSION_BYTES_PER_SECOND = float(64 << 20)
@@ -126,7 +128,7 @@ class RayStore:
             features.astype(np.float32, copy=False),
             np.asarray(lengths, dtype=np.int64).reshape(len(lengths), 2),
             neighbours,
-            deadline,
+            _finite(deadline),
         )
         with self._lock:
             self._lookups += 1
@@ -152,7 +154,7 @@ class RayStore:
             raise StoreError(
                 f"there must be a tenant for each sketch, got {len(tenants)} and {len(sketches)}"
             )
-        request = messages.Overlaps(list(tenants), list(sketches), neighbours, deadline)
+        request = messages.Overlaps(list(tenants), list(sketches), neighbours, _finite(deadline))
         found = self._ask(
             request,
             lambda answer: messages.parse_found(answer.body, len(tenants), neighbours, np.int64),
@@ -166,7 +168,7 @@ class RayStore:
         self, entry_ids: Sequence[int], *, deadline: float
     ) -> list[NDArray[np.int32] | None]:
         """See ``MapStore``."""
-        request = messages.TokenIds(list(entry_ids), deadline)
+        request = messages.TokenIds(list(entry_ids), _finite(deadline))
         return self._ask(
             request, lambda answer: messages.parse_token_ids(answer.body, len(entry_ids))
         )
@@ -177,7 +179,7 @@ class RayStore:
         for start in range(0, len(entry_ids), messages.MAX_FILES):
             chosen = list(entry_ids[start : start + messages.MAX_FILES])
             records += self._ask(
-                messages.Load(chosen, deadline),
+                messages.Load(chosen, _finite(deadline)),
                 functools.partial(self._records, len(chosen)),
             )
         return records
@@ -317,6 +319,11 @@ class RayStore:
         if self._closed.is_set():
             connection.close()
         return True
+
+
+def _finite(deadline: float) -> float:
+    """What a wait can be bounded by."""
+    return min(deadline, time.monotonic() + _LONGEST_SECONDS)
 
 
 def _open(connection: Connection, request: messages.Open) -> Edition:

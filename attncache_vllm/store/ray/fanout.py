@@ -35,11 +35,14 @@ _LOOK_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Description:
-    """What a shard says of itself: its placement, when servers were told to rearm, its figures."""
+    """What a shard says of itself: its placement, when servers were told to rearm, its figures, the
+    id of its node in Ray and its process."""
 
     placement: Placement
     rearmed_at: int
     stats: dict[str, int]
+    node: str
+    pid: int
 
 
 class Fanout:
@@ -73,10 +76,14 @@ class Fanout:
     def out(self) -> dict[int, str]:
         """The shards that are not asked at present, each with the reason."""
         return {
-            shard: self._reasons.get(shard, "it does not answer")
+            shard: self.why(shard)
             for shard in self._placement.active
             if not self._breakers[shard].closed
         }
+
+    def why(self, shard: int) -> str:
+        """What was wrong with a shard last."""
+        return self._reasons.get(shard, "it does not answer")
 
     def figures(self) -> dict[str, int]:
         """Entries, bytes and damaged of all shards, as they were when last asked."""
@@ -361,6 +368,5 @@ def _description_of(shard: int, answer: object) -> Description:
                 f"shard {shard} must have {name} {ours}, got {answer.get(name)!r}; run servers and "
                 "shards of one release"
             )
-    return Description(
-        Placement.from_dict(answer["placement"]), answer["rearmed_at"], answer["stats"]
-    )
+    own = {name: answer[name] for name in ("rearmed_at", "stats", "node", "pid")}
+    return Description(Placement.from_dict(answer["placement"]), **own)

@@ -22,12 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import ray
 
 from attncache_vllm.errors import AttnCacheError, NamespaceMismatch, StoreError
 from attncache_vllm.store.checks import unpack
 from attncache_vllm.store.protocol import Namespace
-from attncache_vllm.store.ray.actor import RAY_NAMESPACE, RayCalls
+from attncache_vllm.store.ray.actor import RayCalls, join
 from attncache_vllm.store.ray.channel import Channel, close_all, mapped, sealed
 from attncache_vllm.store.ray.fanout import Fanout
 from attncache_vllm.store.ray.messages import (
@@ -56,6 +55,7 @@ _OPEN_SECONDS = 10.0
 _PUT_SECONDS = 30.0
 _PUT_BATCH = 16
 _THREADS = 4
+_REASON = 4096
 # What an answer takes on its way back: a shard that is late must not make the others late too.
 _RETURN_SECONDS = 0.01
 
@@ -71,6 +71,7 @@ class Gateway:
         self._edition = ""
         self._puts: queue.Queue[tuple[Put, Bytes]] = queue.Queue(maxsize=4 * _PUT_BATCH)
         self._refused = 0
+        self._over = threading.Event()
 
     def serve(self) -> None:
         """Returns when the server is gone; ``ValueError`` if it sends what is no frame."""
@@ -80,6 +81,11 @@ class Gateway:
                 head, body, files = self._channel.receive()
                 try:
                     request = parse_request(unpack(body))
+                except ValueError as error:
+                    close_all(files)
+                    self._refuse(head.number, error)
+                    continue
+                try:
                     if isinstance(request, Put):
                         self._take(request, files)
                     elif isinstance(request, Open):
@@ -88,6 +94,7 @@ class Gateway:
                         pool.submit(self._answer, head.number, request)
                 finally:
                     close_all(files)
+        self._over.set()
 
     def _answer(self, number: int, request: Request) -> None:
         files: list[int] = []
@@ -96,12 +103,17 @@ class Gateway:
         except Exception as error:
             if not isinstance(error, AttnCacheError):
                 logger.exception("a request failed")
+            self._refuse(number, error)
+        else:
+            with contextlib.suppress(OSError):  # the server is gone, and so is this process, soon
+                self._channel.send(answer, files)
+        finally:
             close_all(files)
-            files = []
-            answer = frame(Kind.FAULT, number, [_public_name(error), (str(error) or "?")[:4096]])
-        with contextlib.suppress(OSError):  # the server is gone, and so is this process, soon
-            self._channel.send(answer, files)
-        close_all(files)
+
+    def _refuse(self, number: int, error: Exception) -> None:
+        reason = (str(error) or "it gives no reason")[:_REASON]
+        with contextlib.suppress(OSError):
+            self._channel.send(frame(Kind.FAULT, number, [_public_name(error), reason]))
 
     def _do(self, request: Request, files: list[int]) -> Any:
         """The body of the answer; descriptors of files that go with it are added to ``files``."""
@@ -161,8 +173,7 @@ class Gateway:
 
     def _tend(self) -> None:
         assert self._fanout is not None
-        while True:
-            time.sleep(_TEND_SECONDS)
+        while not self._over.wait(_TEND_SECONDS):
             try:
                 self._fanout.tend()
             except Exception:
@@ -262,20 +273,7 @@ def _public_name(error: Exception) -> str:
 
 
 def _connect(address: str) -> Fanout:
-    try:
-        ray.init(
-            address=address,
-            namespace=RAY_NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except Exception as error:
-        raise StoreError(
-            f"the Ray cluster at {address!r} must be reachable, got "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}; "
-            "bring it up with 'attncache store up' (with RAY_AUTH_MODE=token in the environment "
-            "if it asks for a token)"
-        ) from error
+    join(address)
     return Fanout(RayCalls())
 
 

@@ -68,6 +68,11 @@ class ClusterSettings(FrozenSettings):
         return self
 
     @property
+    def cluster(self) -> str:
+        """What Ray calls the cluster."""
+        return f"127.0.0.1:{self.port}" if self.address == "local" else self.address
+
+    @property
     def limits(self) -> Limits:
         tenant = None if self.tenant_mib is None else self.tenant_mib * MIB
         return Limits(self.shard_mib * MIB, tenant, self.ttl_s)
