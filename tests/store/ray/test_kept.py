@@ -61,6 +61,16 @@ def test_one_that_is_too_large_goes_itself_and_alone() -> None:
     assert (ids(kept), kept.bytes) == ({0}, 10)
 
 
+def test_what_is_removed_leaves_its_room() -> None:
+    kept = KeptEntries(Limits(20))
+    for number in range(2):
+        kept.add(("e", number), entry())
+    assert [key for key, _ in kept.remove([("e", 0), ("e", 0), ("f", 1)])] == [("e", 0)]
+    assert kept.add(("e", 2), entry()) == []
+    kept.remove([("e", 1), ("e", 2)])
+    assert (kept.bytes, kept.tenants, len(kept), kept.keys_of()) == (0, 0, 0, [])
+
+
 def test_expired_entries_are_named_once_and_none_that_went_otherwise() -> None:
     kept = KeptEntries(Limits(1000, ttl_s=10.0))
     for number in range(4):

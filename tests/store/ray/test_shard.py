@@ -30,6 +30,8 @@ from attncache_vllm.errors import StoreError
 from attncache_vllm.store import LocalStore
 from attncache_vllm.store.ray import shard as shard_module
 from attncache_vllm.store.ray.edition import Edition
+from attncache_vllm.store.ray.envelope import Head
+from attncache_vllm.store.ray.files import EntryFiles
 from attncache_vllm.store.ray.growing import GrowingIndex
 from attncache_vllm.store.ray.shard import Limits, Shard
 
@@ -176,6 +178,13 @@ def test_deleting_a_tenant_leaves_the_others(shard: Shard, tmp_path: Path) -> No
     assert (held(shard), find(shard, 1, ALICE)) == ({id_of(1, BOB), id_of(2, BOB)}, -1)
     assert not path_of(tmp_path, 1, ALICE).exists()
     assert put(shard, [1], ALICE) == ["kept"]
+
+
+def test_tenants_that_are_gone_take_no_memory(shard: Shard) -> None:
+    for number in range(20):
+        put(shard, [1], f"{number:02x}")
+        shard.delete(tenant=f"{number:02x}")
+    assert (shard._indexes, shard.stats()["tenants"]) == ({}, 0)
 
 
 def test_deleting_an_edition_leaves_nothing_of_it(shard: Shard, tmp_path: Path) -> None:
@@ -436,6 +445,15 @@ def test_a_smaller_bound_evicts_at_the_restart(tmp_path: Path) -> None:
     again.close()
 
 
+def test_the_oldest_go_first_at_the_restart(tmp_path: Path) -> None:
+    shard = open_shard(tmp_path)
+    put(shard, range(6), map_bytes=5000, ages_s=[5.0, 1.0, 9.0, 2.0, 7.0, 3.0])
+    shard.close()
+    again = Shard(tmp_path, Limits(40_000))
+    assert held(again) == {id_of(n) for n in (1, 3, 5)}
+    again.close()
+
+
 def test_two_shards_never_have_one_folder(shard: Shard, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="one writer at a time"):
         Shard(tmp_path, PLENTY)
@@ -488,6 +506,23 @@ def test_maps_are_checked_once(shard: Shard, monkeypatch: pytest.MonkeyPatch) ->
     assert len(checked) == 1
 
 
+def test_one_that_is_evicted_while_it_is_read_is_no_damage(
+    shard: Shard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(shard, [1])
+    read = EntryFiles.read
+
+    def evicting(self: EntryFiles, edition: str, entry_id: int, *, whole: bool) -> Head:
+        shard.remove(edition, [entry_id])
+        put(shard, [1])
+        shard.remove(edition, [entry_id])
+        return read(self, edition, entry_id, whole=whole)
+
+    monkeypatch.setattr(EntryFiles, "read", evicting)
+    assert shard.load(DIGEST, [id_of(1)]) == [None]
+    assert shard.stats()["damaged"] == 0
+
+
 def test_damaged_entries_are_counted_at_the_restart(tmp_path: Path) -> None:
     shard = open_shard(tmp_path)
     put(shard, range(5))
@@ -499,18 +534,31 @@ def test_damaged_entries_are_counted_at_the_restart(tmp_path: Path) -> None:
     again.close()
 
 
-def test_entries_of_a_damaged_edition_wait_until_it_is_published_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [["edition"], ["edition", "current"]])
+def test_entries_of_a_damaged_edition_wait_until_it_is_published_again(
+    tmp_path: Path, damaged: list[str]
+) -> None:
     shard = open_shard(tmp_path)
     put(shard, range(5))
     shard.close()
-    (tmp_path / DIGEST[:16] / "edition").write_bytes(b"damaged")
-    (tmp_path / "current").write_bytes(b"damaged")
+    for name in damaged:
+        (tmp_path / name if name == "current" else tmp_path / DIGEST[:16] / name).write_bytes(b"?")
     again = Shard(tmp_path, PLENTY)
     assert (again.editions(), held(again)) == ({}, set())
-    assert again.stats()["damaged"] == 2
+    assert again.current(EDITION.namespace.digest()) is None
+    assert again.stats()["damaged"] == len(damaged)
     assert again.publish(EDITION.to_bytes()) == DIGEST
     assert held(again) == {id_of(n) for n in range(5)}
     assert again.current(EDITION.namespace.digest()) == DIGEST
+    again.close()
+
+
+def test_an_edition_below_another_digest_is_damage(tmp_path: Path) -> None:
+    shard = open_shard(tmp_path)
+    shard.close()
+    (tmp_path / DIGEST[:16]).rename(tmp_path / ("0" * 16))
+    again = Shard(tmp_path, PLENTY)
+    assert (again.editions(), again.stats()["damaged"]) == ({}, 1)
     again.close()
 
 
