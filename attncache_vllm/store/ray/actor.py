@@ -181,9 +181,9 @@ class RayCalls:
         """The numbers of the shards that Ray knows, ascending; asks the head."""
         prefix = shard_name(0).removesuffix("0")
         return sorted(
-            int(actor["name"].removeprefix(prefix))
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if actor["namespace"] == RAY_NAMESPACE and actor["name"].startswith(prefix)
+            int(name.removeprefix(prefix))
+            for name in ray.util.list_named_actors()
+            if name.startswith(prefix)
         )
 
     def resolve(self, shard: int) -> None:

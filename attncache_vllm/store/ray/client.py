@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from threading import Event, Lock, Thread
+from threading import Lock
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,9 +20,8 @@ from attncache_vllm.store.protocol import Namespace, Neighbour, Overlap, Record,
 from attncache_vllm.store.ray import messages
 from attncache_vllm.store.ray.admission import Admission, Admitted
 from attncache_vllm.store.ray.channel import close_all, mapped, sealed
-from attncache_vllm.store.ray.connection import Answer, Connection
-from attncache_vllm.store.ray.edition import MAX_BYTES as MAX_EDITION_BYTES
-from attncache_vllm.store.ray.edition import Edition
+from attncache_vllm.store.ray.connection import Answer
+from attncache_vllm.store.ray.link import Link
 from attncache_vllm.store.ray.ring import entry_id
 from attncache_vllm.store.records import decode_record, encode_record
 from attncache_vllm.store.sketches import Sketch
@@ -31,12 +30,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Ray takes about three seconds to join, and thirty to give up.
-_CONNECT_SECONDS = 60.0
-# A gateway sends news every second. One that is silent for so long is ended and started anew.
-_SILENT_SECONDS = 10.0
-_LOOK_SECONDS = 0.5
-_LONGEST_BACKOFF = 30.0
 # A caller without a deadline.
 _LONGEST_SECONDS = 600.0
 # Of entries on their way to the shards: what they may take of memory, and of a core's time.
@@ -51,16 +44,12 @@ class RayStore:
     again in the background, and until then every call fails at once. Safe between threads.
     """
 
-    def __init__(self, cluster: str, edition: Edition, connection: Connection) -> None:
+    def __init__(self, link: Link) -> None:
         """Not for callers: use ``connect``."""
-        self._cluster = cluster
-        self._edition = edition
-        self._connection = connection
+        self._link = link
         self._lock = Lock()
         self._lookups = self._late = self._damaged = 0
-        self._closed = Event()
         self._admission = Admission(self._send, _ADMISSION_BYTES, _ADMISSION_BYTES_PER_SECOND)
-        Thread(target=self._keep_connected, name="attncache-store", daemon=True).start()
 
     @classmethod
     def connect(cls, address: str | os.PathLike[str], namespace: Namespace | None) -> RayStore:
@@ -76,35 +65,29 @@ class RayStore:
             StoreError: it cannot be reached, or holds no edition.
             NamespaceMismatch: it has none of this namespace; the message lists the differences.
         """
-        cluster = _cluster_of(os.fspath(address))
-        connection = Connection(cluster)
-        try:
-            return cls(cluster, _open(connection, messages.Open(namespace, None)), connection)
-        except BaseException:
-            connection.close()
-            raise
+        return cls(Link(_cluster_of(os.fspath(address)), namespace))
 
     # -- what was published -------------------------------------------------------------------
 
     @property
     def namespace(self) -> Namespace:
-        return self._edition.namespace
+        return self._link.edition.namespace
 
     @property
     def build(self) -> dict[str, Any]:
-        return self._edition.build
+        return self._link.edition.build
 
     @property
     def plan(self) -> dict[str, Any]:
-        return self._edition.plan
+        return self._link.edition.plan
 
     @property
     def projector_bytes(self) -> bytes:
-        return self._edition.projector
+        return self._link.edition.projector
 
     def artifact(self, name: str) -> bytes | None:
         """What was published under ``name``, None if nothing was."""
-        return self._edition.artifacts.get(name)
+        return self._link.edition.artifacts.get(name)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -210,22 +193,22 @@ class RayStore:
 
     def rearmed_at(self) -> int:
         """When servers were told last to try tripped layers again; 0 if never."""
-        news = self._connection.news
+        news = self._link.connection.news
         return 0 if news is None else news.rearmed_at
 
     def out(self) -> dict[int, str]:
         """The shards that are not asked at present, each with the reason."""
-        news = self._connection.news
+        news = self._link.connection.news
         return {} if news is None else dict(news.out)
 
     def dropped(self) -> int:
         """Admitted entries that were not kept."""
-        news = self._connection.news
+        news = self._link.connection.news
         return self._admission.dropped + (0 if news is None else news.refused)
 
     def stats(self) -> StoreStats:
         """See ``MapStore``. What the shards hold is some seconds old."""
-        news = self._connection.news
+        news = self._link.connection.news
         figures = {"entries": 0, "bytes": 0, "damaged": 0} if news is None else news.figures
         with self._lock:
             return StoreStats(
@@ -238,16 +221,15 @@ class RayStore:
 
     def close(self) -> None:
         """See ``MapStore``."""
-        self._closed.set()
         self._admission.close()
-        self._connection.close()
+        self._link.close()
 
     # -- inside -------------------------------------------------------------------------------
 
     def _ask(self, request: Any, parse: Callable[[Answer], T]) -> T:
         try:
             raise_if_late(request.deadline)
-            answer = self._connection.ask(request, request.deadline)
+            answer = self._link.connection.ask(request, request.deadline)
             try:
                 parsed = parse(answer)
             except ValueError as error:
@@ -280,62 +262,14 @@ class RayStore:
         file = sealed(b"".join(encode_record(entry.record)))
         try:
             feature = np.asarray(entry.feature, dtype=np.float32)
-            self._connection.tell(messages.Put(entry.tenant, entry.entry_id, feature), [file])
+            self._link.connection.tell(messages.Put(entry.tenant, entry.entry_id, feature), [file])
         finally:
             close_all([file])
-
-    def _keep_connected(self) -> None:
-        backoff = 1.0
-        while not self._closed.wait(_LOOK_SECONDS):
-            connection = self._connection
-            silent = time.monotonic() - connection.heard_at > _SILENT_SECONDS
-            if not connection.over and not silent:
-                backoff = 1.0
-                continue
-            logger.warning(
-                "computing exactly: %s", connection.over or "the gateway to Ray hangs; it is ended"
-            )
-            connection.close()
-            if self._reconnect():
-                logger.warning("the map store is reached again")
-                continue
-            self._closed.wait(backoff)
-            backoff = min(_LONGEST_BACKOFF, 2 * backoff)
-
-    def _reconnect(self) -> bool:
-        """Put a new connection in place of one that is over, for the edition that is served."""
-        try:
-            connection = Connection(self._cluster)
-            try:
-                _open(connection, messages.Open(None, self._edition.digest))
-            except BaseException:
-                connection.close()
-                raise
-        except StoreError as error:
-            logger.warning("the map store cannot be reached: %s", error)
-            return False
-        with self._lock:
-            self._connection = connection
-        if self._closed.is_set():
-            connection.close()
-        return True
 
 
 def _finite(deadline: float) -> float:
     """What a wait can be bounded by."""
     return min(deadline, time.monotonic() + _LONGEST_SECONDS)
-
-
-def _open(connection: Connection, request: messages.Open) -> Edition:
-    answer = connection.ask(request, time.monotonic() + _CONNECT_SECONDS)
-    try:
-        if len(answer.files) != 1:
-            raise ValueError(f"an edition must be one file, got {len(answer.files)!r}")
-        return Edition.from_bytes(mapped(answer.files[0], MAX_EDITION_BYTES))
-    except ValueError as error:
-        raise StoreError(f"the edition must be one that this release reads: {error}") from error
-    finally:
-        close_all(answer.files)
 
 
 def _cluster_of(address: str) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from attncache_vllm.store import checks
 from attncache_vllm.store.index import Features, Ids
 from attncache_vllm.store.protocol import Namespace
-from attncache_vllm.store.ray.edition import MAX_DIM
+from attncache_vllm.store.ray.arrays import raw, shaped, values_of
 from attncache_vllm.store.records import MAX_LENGTH, MAX_SKETCH
 from attncache_vllm.store.sketches import Sketch
 
@@ -162,11 +162,11 @@ def request_body(request: Request) -> dict[str, Any]:
     body: dict[str, Any] = {"method": type(request).__name__}
     for name, value in vars(request).items():
         if isinstance(value, np.ndarray):
-            value = [list(value.shape), _little(value).tobytes()]
+            value = [list(value.shape), raw(value)]
         elif isinstance(value, Namespace):
             value = value.to_dict()
         elif name == "sketches":
-            value = [_little(sketch).tobytes() for sketch in value]
+            value = [raw(sketch) for sketch in value]
         body[name] = value
     return body
 
@@ -188,7 +188,7 @@ def parse_request(body: object) -> Request:
     if kind is Put:
         tenant = _tenants([given["tenant"]])[0]
         entry_id = checks.integer(given["entry_id"], 0, _MAX_ID, "an entry id")
-        return Put(tenant, entry_id, _array(given["feature"], np.float32, (None,), "feature"))
+        return Put(tenant, entry_id, shaped(given["feature"], np.float32, (None,), "feature"))
     deadline = given["deadline"]
     if not isinstance(deadline, float) or not math.isfinite(deadline):
         raise ValueError(f"deadline must be a finite float, got {deadline!r}")
@@ -202,16 +202,16 @@ def parse_request(body: object) -> Request:
     neighbours = checks.integer(given["neighbours"], 0, MAX_NEIGHBOURS, "neighbours")
     if kind is Overlaps:
         items = checks.items(given["sketches"], len(tenants), "sketches")
-        sketches = [_values(item, np.uint64, MAX_SKETCH, "a sketch") for item in items]
+        sketches = [values_of(item, np.uint64, MAX_SKETCH, "a sketch") for item in items]
         return Overlaps(tenants, sketches, neighbours, deadline)
-    features = _array(given["features"], np.float32, (len(tenants), None), "features")
-    lengths = _array(given["lengths"], np.int64, (len(tenants), 2), "lengths")
+    features = shaped(given["features"], np.float32, (len(tenants), None), "features")
+    lengths = shaped(given["lengths"], np.int64, (len(tenants), 2), "lengths")
     return Lookup(tenants, features, lengths, neighbours, deadline)
 
 
 def found_body(found: tuple[Ids, NDArray[Any], Ids]) -> list[bytes]:
     """What ``parse_found`` reads."""
-    return [_little(part).tobytes() for part in found]
+    return [raw(part) for part in found]
 
 
 def parse_found(
@@ -222,7 +222,7 @@ def parse_found(
     shape = [queries, most]
     given = checks.items(body, 3, "what was found")
     parts = [
-        _array([shape, part], dtype, (queries, most), name)
+        shaped([shape, part], dtype, (queries, most), name)
         for part, dtype, name in zip(
             given, (np.int64, kind, np.int64), ("ids", "values", "lengths"), strict=True
         )
@@ -235,13 +235,13 @@ def parse_found(
 
 def token_ids_body(token_ids: list[NDArray[np.int32] | None]) -> list[bytes | None]:
     """What ``parse_token_ids`` reads."""
-    return [None if ids is None else _little(ids).tobytes() for ids in token_ids]
+    return [None if ids is None else raw(ids) for ids in token_ids]
 
 
 def parse_token_ids(body: object, count: int) -> list[NDArray[np.int32] | None]:
     """Token ids int32 of each of ``count`` entries, or None; ``ValueError`` for anything odd."""
     return [
-        None if item is None else _values(item, np.int32, MAX_LENGTH, "token ids")
+        None if item is None else values_of(item, np.int32, MAX_LENGTH, "token ids")
         for item in checks.items(body, count, "token ids")
     ]
 
@@ -291,30 +291,3 @@ def _tenants(value: object) -> list[str]:
                 f"a tenant must be a string of at most {MAX_TENANT} characters, got {tenant!r:.100}"
             )
     return tenants
-
-
-def _array(value: object, dtype: type, expected: tuple[int | None, ...], what: str) -> Any:
-    """``[shape, bytes]`` as an array; ``None`` in ``expected`` stands for 1 to MAX_DIM."""
-    shape, data = checks.items(value, 2, what)
-    checks.items(shape, len(expected), f"the shape of {what}")
-    for size, wanted in zip(shape, expected, strict=True):
-        low, high = (1, MAX_DIM) if wanted is None else (wanted, wanted)
-        checks.integer(size, low, high, f"the shape of {what}")
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    if not isinstance(data, bytes) or len(data) != size:
-        got = len(data) if isinstance(data, bytes) else data
-        raise ValueError(f"{what} must be {size} bytes, got {got!r:.100}")
-    return np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).reshape(shape)
-
-
-def _values(value: object, dtype: type, most: int, what: str) -> Any:
-    """Bytes as an array of at most ``most`` values."""
-    size = np.dtype(dtype).itemsize
-    if not isinstance(value, bytes) or len(value) % size or len(value) > most * size:
-        got = len(value) if isinstance(value, bytes) else value
-        raise ValueError(f"{what} must be at most {most} values of {size} bytes, got {got!r:.100}")
-    return np.frombuffer(value, dtype=np.dtype(dtype).newbyteorder("<"))
-
-
-def _little(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))

@@ -27,7 +27,7 @@ from store_samples import (
 )
 
 from attncache_vllm.errors import NamespaceMismatch, StoreError, StoreTimeout
-from attncache_vllm.store.ray import client, connection
+from attncache_vllm.store.ray import client, connection, link
 from attncache_vllm.store.ray.channel import Channel
 from attncache_vllm.store.ray.client import RayStore
 from attncache_vllm.store.ray.fanout import Fanout
@@ -71,7 +71,7 @@ def gateways(monkeypatch: pytest.MonkeyPatch, calls: FakeCalls) -> list[GatewayT
     monkeypatch.setattr(GatewayThread, "running", [], raising=False)
     monkeypatch.setattr(GatewayThread, "calls", calls, raising=False)
     monkeypatch.setattr(connection.subprocess, "Popen", GatewayThread)
-    monkeypatch.setattr(client, "_LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(link, "_LOOK_SECONDS", 0.05)
     return GatewayThread.running
 
 
@@ -206,7 +206,7 @@ def test_a_gateway_that_ends_is_replaced(store: RayStore, gateways: list[Gateway
     with pytest.raises(StoreError):
         while True:
             nearest(store)
-    eventually(lambda: len(gateways) == 2 and not store._connection.over)
+    eventually(lambda: len(gateways) == 2 and not store._link.connection.over)
     eventually(lambda: _works(store))
     assert nearest(store) == IDS
 
@@ -222,9 +222,9 @@ def test_a_gateway_that_hangs_is_asked_no_more_and_replaced(
     with pytest.raises(StoreError, match="must answer, got nothing"):
         nearest(store)
     assert time.monotonic() - started < 1.0
-    monkeypatch.setattr(client, "_SILENT_SECONDS", 1.0)
+    monkeypatch.setattr(link, "_SILENT_SECONDS", 1.0)
     eventually(lambda: len(gateways) == 2)
-    monkeypatch.setattr(client, "_SILENT_SECONDS", 10.0)
+    monkeypatch.setattr(link, "_SILENT_SECONDS", 10.0)
     eventually(lambda: _works(store))
 
 
