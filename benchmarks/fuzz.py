@@ -172,7 +172,9 @@ def _change_bytes(data: bytearray, draw: random.Random) -> None:
         case 3:
             data[at:at] = draw.randbytes(draw.choice((1, 2, 4, 8, 64)))
         case 4:
-            data[draw.choice((0, at)) :] = b"\x91" * draw.choice((10, 900, 1000))  # nested lists
+            # In place of a value, or of all of them. No packer nests as deep as an unpacker goes.
+            start, stop = draw.choice(((at, at + 1), (0, len(data))))
+            data[start:stop] = b"\x91" * draw.choice((10, 900, 1000)) + b"\xc0"
         case 5:
             odd = draw.choice((0, 1, 0x7FFFFFFF, 0xFFFFFFFF, 0x80000000))
             data[at : at + 4] = struct.pack(draw.choice("<>") + "I", odd)

@@ -11,7 +11,7 @@ from attncache_vllm.errors import StoreError
 
 
 class _Shortened(reprlib.Repr):
-    """What a message quotes: crafted data may be large, or nested beyond what ``repr`` can do."""
+    """What a message quotes of data that may be crafted, and large."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,17 +24,31 @@ class _Shortened(reprlib.Repr):
 
 shown = _Shortened().repr
 
+MAX_NESTING = 64
+
 
 def unpack(data: bytes | memoryview) -> Any:
-    """Decode exactly one msgpack value, or raise ``ValueError``.
+    """Decode exactly one msgpack value, nested 64 deep at most, or raise ``ValueError``.
 
     msgpack bounds every length it reads by the size of ``data``, so a forged length cannot make it
     allocate more than the input could hold.
     """
     try:
-        return msgpack.unpackb(data)
+        value = msgpack.unpackb(data)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise ValueError(f"not well-formed msgpack: {error or type(error).__name__}") from error
+    inside = [value]
+    for _ in range(MAX_NESTING):
+        inside = [
+            item
+            for outer in inside
+            if isinstance(outer, list | dict)
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not inside:
+            return value
+    # Whoever quotes or walks it next would be stopped by the limit of recursion.
+    raise ValueError(f"msgpack must be nested at most {MAX_NESTING} deep, got deeper")
 
 
 def plain(value: dict[str, Any], what: str) -> dict[str, Any]:

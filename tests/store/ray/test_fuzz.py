@@ -7,6 +7,7 @@ The long form is ``python -m benchmarks.fuzz``.
 import msgpack
 import pytest
 
+from attncache_vllm.store import checks
 from benchmarks import fuzz
 
 
@@ -22,6 +23,14 @@ def test_mutations_are_refused_without_other_errors_or_much_memory() -> None:
     fed = fuzz.fuzz(20_000, seed=0)
     for name in fuzz.targets():
         assert fed[f"{name}, refused"] > 100, name
+
+
+@pytest.mark.parametrize("opening", [b"\x91", b"\x81\xa1k"])
+def test_nesting_is_bounded(opening: bytes) -> None:
+    assert checks.unpack(opening * (checks.MAX_NESTING - 1) + b"\xc0") is not None
+    for depth in (checks.MAX_NESTING, 1000, 5000):
+        with pytest.raises(ValueError, match=r"nested at most 64 deep|not well-formed"):
+            checks.unpack(opening * depth + b"\xc0")
 
 
 def test_a_wrong_answer_is_told_with_what_is_needed_to_see_it_again(
