@@ -164,8 +164,7 @@ def test_a_hung_shard_costs_some_deadlines_then_nothing_and_recovers(
         assert slow <= 2
     finally:
         os.kill(pid, signal.SIGCONT)
-    eventually(lambda: complete(store))
-    assert store.out() == {}
+    eventually(lambda: complete(store) and store.out() == {})
 
 
 def nearest_in_step(store: RayStore) -> bool:

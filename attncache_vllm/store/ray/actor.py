@@ -22,6 +22,8 @@ from attncache_vllm.store.ray.calls import GROUP_OF, PROTOCOL, K
 from attncache_vllm.store.ray.placement import Placement
 from attncache_vllm.store.ray.shard import Limits, Shard
 
+logger = logging.getLogger(__name__)
+
 RAY_NAMESPACE = "attncache"
 
 _THREADS = {"read": 4, "write": 1, "control": 2}
@@ -109,7 +111,10 @@ class ShardActor:
     def _keep_expiring(self) -> None:
         while True:
             time.sleep(_EXPIRE_SECONDS)
-            self._shard.expire()
+            try:
+                self._shard.expire()
+            except Exception:
+                logger.exception("shard %d could not forget what is too old", self._number)
 
 
 def join(address: str) -> None:
@@ -148,7 +153,7 @@ def start_shard(
     deadlines of lookups are shorter than its retries, and puts are known by their ids.
     """
     return (
-        ray.remote(ShardActor)
+        ray.remote(concurrency_groups=dict(_THREADS))(ShardActor)
         .options(
             name=shard_name(number),
             namespace=RAY_NAMESPACE,
@@ -159,7 +164,6 @@ def start_shard(
             max_pending_calls=_MAX_PENDING,
             scheduling_strategy="SPREAD",
             num_cpus=num_cpus,
-            concurrency_groups=_THREADS,
         )
         .remote(
             number,
@@ -207,11 +211,16 @@ class RayCalls:
         timeout = max(0.0, deadline - time.monotonic())
         refs = list(pending.values())
         done = set(ray.wait(refs, num_returns=len(refs), timeout=timeout)[0]) if refs else set()
-        answers: dict[K, Any] = {}
-        for key, ref in pending.items():
-            if ref in done:
-                try:
-                    answers[key] = ray.get(ref)
-                except Exception as error:  # whatever Ray or the shard raised
-                    answers[key] = error
-        return answers
+        answered = {key: ref for key, ref in pending.items() if ref in done}
+        try:
+            # All at once: each call into Ray takes as long as the search of a small shard.
+            return dict(zip(answered, ray.get(list(answered.values())), strict=True))
+        except Exception:
+            return {key: _answer_of(ref) for key, ref in answered.items()}
+
+
+def _answer_of(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except Exception as error:  # whatever Ray or the shard raised
+        return error

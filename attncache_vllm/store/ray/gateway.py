@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process between a server and Ray: ``python -m attncache_vllm.store.ray.gateway``.
 
-Ray's core worker ends its process when it has lost its node or head for long. A server must
-outlive both, so none hosts it: the server starts this process, asks it over a pair of sockets, and
-starts another one when it has ended.
+Ray's core worker ends its process when it has lost its head (version 2.60: after 60 seconds, with
+exit code 1). A server must outlive that, so none hosts it: the server starts this process, asks it
+over a pair of sockets, and starts another one when it has ended.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ _OPEN_SECONDS = 10.0
 _PUT_SECONDS = 30.0
 _PUT_BATCH = 16
 _THREADS = 4
+# A driver whose head comes back in time at the same address, but as another cluster, goes on, and
+# its shards are never found again.
+_LONELY_SECONDS = 10.0
 _REASON = 4096
 # What an answer takes on its way back: a shard that is late must not make the others late too.
 _RETURN_SECONDS = 0.01
@@ -173,7 +176,13 @@ class Gateway:
 
     def _tend(self) -> None:
         assert self._fanout is not None
+        answered_at = time.monotonic()
         while not self._over.wait(_TEND_SECONDS):
+            if len(self._fanout.out()) < len(self._fanout.placement.active):
+                answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > _LONELY_SECONDS:
+                logger.warning("no shard has answered for %.0f s: joining anew", _LONELY_SECONDS)
+                self._channel.close()
             try:
                 self._fanout.tend()
             except Exception:
