@@ -13,19 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    ValidationError,
-)
+from pydantic import BeforeValidator, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.names import CodecName
+from attncache_vllm.validation import FrozenSettings, explain, read_yaml
 
 SETTINGS_KEY = "attncache"
 MIB = 1024 * 1024
@@ -55,11 +48,7 @@ def _word_of_switch(value: object) -> object:
     return "off" if value is False else value
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class RecordSettings(_Frozen):
+class RecordSettings(FrozenSettings):
     """Recording of maps instead of serving; set by ``attncache build``, never by hand."""
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -70,7 +59,7 @@ class RecordSettings(_Frozen):
     codec: CodecName = Field("tiles-u8-lse", description="How maps are stored.")
 
 
-class Settings(_Frozen):
+class Settings(FrozenSettings):
     """Settings of one engine.
 
     Every field has a reader; the table in ``docs/settings.md`` is generated from this class.
@@ -180,7 +169,7 @@ def load_settings(additional_config: Mapping[str, Any] | None) -> Settings:
         )
     origin = "--additional-config"
     if isinstance(raw, str):
-        origin, raw = raw, _read_yaml(Path(raw))
+        origin, raw = raw, read_yaml(Path(raw))
     if not isinstance(raw, Mapping):
         raise SettingsError(
             "settings must be an object of keys and values or the path of a YAML file, "
@@ -193,33 +182,4 @@ def load_settings(additional_config: Mapping[str, Any] | None) -> Settings:
             raw = {**raw, "record": {**record, "layers": tuple(record["layers"])}}
         return Settings.model_validate(dict(raw))
     except ValidationError as error:
-        raise SettingsError(_explain(error, origin)) from None
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(
-            f"the settings file must be readable: {error.strerror}, got {str(path)!r}. Relative "
-            "paths are taken from the folder the server was started in."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"the settings file {str(path)!r} must be UTF-8: {error}") from None
-    except yaml.YAMLError as error:
-        raise SettingsError(f"the settings file {str(path)!r} is not valid YAML: {error}") from None
-
-
-def _explain(error: ValidationError, origin: str) -> str:
-    lines = []
-    for item in error.errors():
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = ", ".join((RecordSettings if len(item["loc"]) > 1 else Settings).model_fields)
-            lines.append(f"unknown setting {key!r}, got {item['input']!r}; known: {known}")
-        elif item["type"] == "missing":
-            lines.append(f"setting {key!r} is required, got {item['input']!r}; add it")
-        else:
-            rule = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"setting {key!r}: {rule}, got {item['input']!r}")
-    return f"invalid attncache settings in {origin}: " + "; ".join(lines)
+        raise SettingsError(explain(error, origin, Settings, [RecordSettings])) from None

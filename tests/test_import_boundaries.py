@@ -25,20 +25,23 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "errors": set[str](),
     "names": set[str](),
-    "config": {"errors", "names"},
-    "reuse": set[str](),
-    "store": {"errors", "tenants"},
     "tenants": set[str](),
+    "validation": {"errors"},
+    "config": {"errors", "names", "validation"},
+    "reuse": set[str](),
+    "store": {"errors", "tenants", "validation"},
     "serve_options": set[str](),
     "calibrate": {"errors", "names", "reuse", "serve_options", "store", "tenants"},
     "evaluate": {"calibrate", "errors", "reuse", "serve_options", "store", "tenants"},
     "engine": {"config", "errors", "reuse", "store", "tenants"},
     "plugin": {"engine"},
     "doctor": {"config", "engine", "errors", "reuse", "serve_options", "store"},
-    "cli": {"calibrate", "doctor", "errors", "evaluate", "names", "reuse", "store"},
+    "cli": {"calibrate", "doctor", "errors", "evaluate", "names", "reuse", "store", "tenants"},
 }
 # Outside of the engine room, vLLM is only used through what it offers to its users.
 USERS_OF_VLLM = {"calibrate/build.py", "calibrate/model.py", "doctor.py", "serve_options.py"}
+# Ray ends the process of a driver that has lost its cluster: no module that a server loads has it.
+USERS_OF_RAY = {f"store/ray/{name}.py" for name in ("actor", "cluster")}
 # A calibration runs in the engine's process and says what its layers serve. Only what gives them
 # that knows the engine room; what is measured, compared and chosen does not.
 DRIVERS_OF_THE_ENGINE = {
@@ -111,14 +114,18 @@ def test_users_of_vllm_import_it_only_when_they_need_it(module: str) -> None:
     ("rooms", "foreign"),
     [
         ({"reuse"}, {"vllm", "ray", "faiss", "msgpack", "transformers"}),
-        ({"store"}, {"vllm", "ray", "torch", "transformers"}),
-        ({"config", "errors", "tenants"}, {"vllm", "ray", "torch"}),
+        ({"store"}, {"vllm", "torch", "transformers"}),
+        ({"config", "errors", "tenants", "validation"}, {"vllm", "ray", "torch"}),
     ],
 )
 def test_the_lower_rooms_stay_free_of_foreign_packages(rooms: set[str], foreign: set[str]) -> None:
     for module in MODULES:
         if room(module) in rooms:
             assert not packages(module) & foreign, module
+
+
+def test_only_what_runs_outside_of_servers_imports_ray() -> None:
+    assert {module for module in MODULES if "ray" in packages(module)} == USERS_OF_RAY
 
 
 def root_name(node: ast.expr) -> str | None:

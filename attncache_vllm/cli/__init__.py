@@ -6,7 +6,7 @@ its inputs, said in one line; 130 interrupted.
 """
 
 # Each module adds its commands to the app when it is imported.
-from attncache_vllm.cli import build, calibrate, doctor, evaluate, stores  # noqa: F401
+from attncache_vllm.cli import build, calibrate, cluster, doctor, evaluate, stores  # noqa: F401
 from attncache_vllm.cli.common import app
 
 __all__ = ["app"]

@@ -30,11 +30,11 @@ from attncache_vllm.reuse.match import (
     nearest,
 )
 from attncache_vllm.reuse.plan import Plan, Source
-from attncache_vllm.reuse.resident import ResidentSet
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.reuse.tiles import TiledMap
 from attncache_vllm.store.protocol import MapStore, Record
 from attncache_vllm.store.records import MAX_LENGTH
+from attncache_vllm.store.resident import ResidentSet
 
 logger = compat.get_logger(__name__)
 

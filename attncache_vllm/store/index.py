@@ -90,13 +90,12 @@ class FeatureIndex:
         self._features = features
         self._lengths = _Lengths(np.asarray(lengths, dtype=np.int64))
 
-    def forget(self, entry_id: int) -> None:
-        """Never answer with ``entry_id`` again; an id that is not indexed is ignored."""
-        if entry_id < len(self._lengths.of_entry):
+    def forget(self, *entry_ids: int) -> None:
+        """Never answer with ``entry_ids`` again; an id that is not indexed is ignored."""
+        indexed = [i for i in entry_ids if i < len(self._lengths.of_entry)]
+        if indexed:
             # A new object, so that a search in another thread keeps a consistent one.
-            lengths = self._lengths.of_entry.copy()
-            lengths[entry_id] = 0
-            self._lengths = _Lengths(lengths)
+            self._lengths = self._lengths.without(indexed)
 
     def search(
         self,
@@ -165,12 +164,19 @@ class FeatureIndex:
 
 
 class _Lengths:
-    """The length of each entry, 0 for a forgotten one, and the entries in order of length."""
+    """The length of each entry, 0 for a forgotten one, and the others in order of length."""
 
-    def __init__(self, of_entry: Ids) -> None:
+    def __init__(self, of_entry: Ids, ascending_ids: Ids | None = None) -> None:
         self.of_entry = of_entry
-        self.ascending_ids = np.argsort(of_entry, kind="stable")
-        self._ascending = of_entry[self.ascending_ids]
+        if ascending_ids is None:
+            ascending_ids = np.argsort(of_entry, kind="stable")
+        self.ascending_ids = ascending_ids
+        self._ascending = of_entry[ascending_ids]
+
+    def without(self, entry_ids: Sequence[int]) -> "_Lengths":
+        of_entry = self.of_entry.copy()
+        of_entry[entry_ids] = 0
+        return _Lengths(of_entry, self.ascending_ids[of_entry[self.ascending_ids] > 0])
 
     def places(self, shortest: Ids, longest: Ids) -> tuple[Ids, Ids]:
         """Where in ``ascending_ids`` the lengths from shortest to longest start and stop."""

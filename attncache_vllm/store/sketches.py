@@ -63,10 +63,9 @@ class SketchIndex:
         self._sorted = self._values[order]
         self._owners = np.repeat(np.arange(rows), self._counts)[order]
 
-    def forget(self, entry_id: int) -> None:
-        """Never answer with ``entry_id`` again; an id that is not indexed is ignored."""
-        if entry_id < len(self._findable):
-            self._findable[entry_id] = False
+    def forget(self, *entry_ids: int) -> None:
+        """Never answer with ``entry_ids`` again; an id that is not indexed is ignored."""
+        self._findable[[i for i in entry_ids if i < len(self._findable)]] = False
 
     def search(
         self, sketches: Sequence[Sketch], neighbours: int, deadline: float

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoded maps kept in memory, so that a popular entry is decoded once."""
+"""What stays where there is not room for all: decoded maps in a server's memory, and the entries of
+a shard."""
 
 from __future__ import annotations
 
@@ -64,8 +65,14 @@ class ResidentSet(Generic[K, V]):
             self._queue_up(key, item)
             return item.value
 
-    def put(self, key: K, value: V, nbytes: int, cost: float = 1.0) -> None:
-        """Hold `value` under `key`, replacing an older one and evicting what has least priority.
+    @property
+    def bytes(self) -> int:
+        """Held now."""
+        return self._bytes
+
+    def put(self, key: K, value: V, nbytes: int, cost: float = 1.0) -> list[K]:
+        """Hold `value` under `key`, replacing an older one and evicting what has least priority;
+        returns the keys that were evicted.
 
         A value bigger than the whole bound is not kept, and evicts nothing else.
 
@@ -85,13 +92,32 @@ class ResidentSet(Generic[K, V]):
             if key in self._items:
                 self._bytes -= self._items.pop(key).nbytes
             if nbytes > self.max_bytes:
-                return
+                return []
+            evicted = []
             while self._bytes + nbytes > self.max_bytes:
-                self._evict()
+                evicted.append(self._evict())
             item = _Item(value, nbytes, cost)
             self._items[key] = item
             self._bytes += nbytes
             self._queue_up(key, item)
+            return evicted
+
+    def evict(self) -> K:
+        """Give up what has least priority, and return its key.
+
+        Raises:
+            ValueError: nothing is held.
+        """
+        with self._lock:
+            if not self._items:
+                raise ValueError("evict() needs something that is held, got an empty set")
+            return self._evict()
+
+    def remove(self, key: K) -> None:
+        """Hold `key` no longer; one that is not held is ignored."""
+        with self._lock:
+            if key in self._items:
+                self._bytes -= self._items.pop(key).nbytes
 
     def stats(self) -> ResidentStats:
         """A consistent snapshot of the counters."""
@@ -107,11 +133,12 @@ class ResidentSet(Generic[K, V]):
             self._queue = [entry for entry in self._queue if self._counts(entry)]
             heapq.heapify(self._queue)
 
-    def _evict(self) -> None:
-        entry = heapq.heappop(self._queue)
-        if self._counts(entry):
-            self._age = entry[0]
-            self._bytes -= self._items.pop(entry[2]).nbytes
+    def _evict(self) -> K:
+        while not self._counts(entry := heapq.heappop(self._queue)):
+            pass
+        self._age, _, key = entry
+        self._bytes -= self._items.pop(key).nbytes
+        return key
 
     def _counts(self, entry: tuple[float, int, K]) -> bool:
         item = self._items.get(entry[2])

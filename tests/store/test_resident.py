@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncache_vllm.reuse.resident import ResidentSet, ResidentStats
+from attncache_vllm.store.resident import ResidentSet, ResidentStats
 
 
 def test_of_equal_items_the_least_used_goes_first_and_then_the_oldest() -> None:
@@ -71,6 +71,40 @@ def test_replacing_an_item_counts_its_bytes_once_and_never_leaves_the_old_value(
     resident.put("a", 3, 31)
     assert resident.get("a") is None
     assert resident.stats().bytes == 0
+
+
+def test_a_put_says_what_it_evicted() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    assert [resident.put(key, 0, 10) for key in "abc"] == [[], [], []]
+    assert resident.put("d", 0, 15) == ["a", "b"]
+    assert resident.put("d", 0, 15) == []  # replaced, not evicted
+    assert resident.put("huge", 0, 31) == []
+
+
+def test_evict_gives_up_what_has_least_priority_and_ages_the_rest() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(100)
+    for key, cost in {"dear": 5.0, "cheap": 1.0, "cheaper": 0.5}.items():
+        resident.put(key, 0, 10, cost)
+    resident.get("cheaper")
+    resident.get("cheaper")
+    assert [resident.evict(), resident.evict()] == ["cheap", "cheaper"]
+    resident.put("new", 0, 10, 4.0)  # and what was evicted counts in its favour
+    assert resident.evict() == "dear"
+    assert (resident.evict(), resident.bytes) == ("new", 0)
+    with pytest.raises(ValueError, match="got an empty set"):
+        resident.evict()
+
+
+def test_what_is_removed_is_neither_held_nor_evicted() -> None:
+    resident: ResidentSet[str, int] = ResidentSet(30)
+    for key in "abc":
+        resident.put(key, 0, 10)
+    resident.remove("a")
+    resident.remove("never put")
+    assert resident.get("a") is None
+    assert resident.bytes == 20
+    assert resident.put("d", 0, 10) == []
+    assert resident.evict() == "b"
 
 
 def test_a_bound_of_zero_keeps_nothing() -> None:
