@@ -1,0 +1,781 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image and the manifest agree with the code, the lock and each other, as far as can be told
+without a container runtime and a cluster."""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import http.server
+import importlib.util
+import json
+import re
+import shlex
+import socket
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from attncache_vllm.config import Settings
+
+ROOT = Path(__file__).parent.parent
+DEPLOY = ROOT / "deploy"
+GUIDE = (ROOT / "docs" / "deployment.md").read_text()
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+IMAGE = f"attncache-vllm:{VERSION}"
+LOCK = dict(
+    line.split("==") for line in (ROOT / "requirements" / "cpu.txt").read_text().split() if line
+)
+
+Json = dict[str, Any]
+
+# -- what Kubernetes and KubeRay take ---------------------------------------------------------
+# The fields that are used here, as their API references have them. Others are refused, since a name
+# that is misspelt is one that Kubernetes drops without a word.
+
+TEXT: Json = {"type": "string", "minLength": 1}
+NAME: Json = {"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"}
+COUNT: Json = {"type": "integer", "minimum": 0}
+PORT: Json = {"type": "integer", "minimum": 1, "maximum": 65535}
+SWITCH: Json = {"type": "boolean"}
+MAP: Json = {"type": "object", "additionalProperties": {"type": "string"}}
+SIZE: Json = {"type": "string", "pattern": "^[0-9]+(m|Ki|Mi|Gi)?$"}
+EMPTY: Json = {"type": "object", "maxProperties": 0}
+
+
+def fields(*required: str, **known: Json) -> Json:
+    return {
+        "type": "object",
+        "properties": known,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+def some(item: Json) -> Json:
+    return {"type": "array", "items": item, "minItems": 1}
+
+
+def one_of(*values: Any) -> Json:
+    return {"enum": list(values)}
+
+
+def either(*schemas: Json) -> Json:
+    return {"oneOf": list(schemas)}
+
+
+SELECTOR = fields("matchLabels", matchLabels=MAP)
+PROBE_TIMES = dict.fromkeys(
+    ("initialDelaySeconds", "periodSeconds", "timeoutSeconds", "failureThreshold"), COUNT
+)
+PROBE = either(
+    fields("tcpSocket", tcpSocket=fields("port", port=PORT), **PROBE_TIMES),
+    fields("httpGet", httpGet=fields("path", "port", path=TEXT, port=NAME), **PROBE_TIMES),
+)
+ENV = either(
+    fields("name", "value", name=TEXT, value=TEXT),
+    fields(
+        "name",
+        "valueFrom",
+        name=TEXT,
+        valueFrom=fields("secretKeyRef", secretKeyRef=fields("name", "key", name=NAME, key=TEXT)),
+    ),
+)
+AMOUNTS = fields("cpu", "memory", cpu=SIZE, memory=SIZE)
+CONTAINER = fields(
+    "name",
+    "image",
+    "securityContext",
+    "env",
+    "resources",
+    name=NAME,
+    image=TEXT,
+    imagePullPolicy=one_of("IfNotPresent", "Always"),
+    securityContext=fields(
+        "allowPrivilegeEscalation",
+        "readOnlyRootFilesystem",
+        "capabilities",
+        allowPrivilegeEscalation=one_of(False),
+        readOnlyRootFilesystem=one_of(True),
+        capabilities=fields("drop", drop=one_of(["ALL"])),
+    ),
+    command=some(TEXT),
+    env=some(ENV),
+    ports=some(fields("containerPort", name=NAME, containerPort=PORT)),
+    startupProbe=PROBE,
+    readinessProbe=PROBE,
+    livenessProbe=PROBE,
+    resources=fields(
+        "requests", "limits", requests=AMOUNTS, limits=fields("memory", cpu=SIZE, memory=SIZE)
+    ),
+    volumeMounts=some(
+        fields("name", "mountPath", name=NAME, mountPath=TEXT, readOnly=one_of(True))
+    ),
+)
+VOLUME = either(
+    fields("name", "emptyDir", name=NAME, emptyDir=fields(medium=one_of("Memory"), sizeLimit=SIZE)),
+    fields("name", "configMap", name=NAME, configMap=fields("name", name=NAME)),
+    fields(
+        "name", "secret", name=NAME, secret=fields("secretName", secretName=NAME, defaultMode=COUNT)
+    ),
+    fields(
+        "name",
+        "persistentVolumeClaim",
+        name=NAME,
+        persistentVolumeClaim=fields("claimName", claimName=NAME, readOnly=SWITCH),
+    ),
+)
+POD = fields(
+    "automountServiceAccountToken",
+    "securityContext",
+    "containers",
+    automountServiceAccountToken=one_of(False),
+    restartPolicy=one_of("Never", "OnFailure"),
+    securityContext=fields(
+        "runAsNonRoot",
+        "runAsUser",
+        "seccompProfile",
+        runAsNonRoot=one_of(True),
+        runAsUser=COUNT,
+        runAsGroup=COUNT,
+        fsGroup=COUNT,
+        fsGroupChangePolicy=one_of("OnRootMismatch"),
+        seccompProfile=fields("type", type=one_of("RuntimeDefault")),
+    ),
+    topologySpreadConstraints=some(
+        fields(
+            "maxSkew",
+            "topologyKey",
+            "whenUnsatisfiable",
+            "labelSelector",
+            maxSkew=COUNT,
+            topologyKey=TEXT,
+            whenUnsatisfiable=one_of("ScheduleAnyway", "DoNotSchedule"),
+            labelSelector=SELECTOR,
+        )
+    ),
+    initContainers=some(CONTAINER),
+    containers=some(CONTAINER),
+    volumes=some(VOLUME),
+)
+TEMPLATE = fields(
+    "metadata", "spec", metadata=fields("labels", labels=MAP, annotations=MAP), spec=POD
+)
+JOB = fields(
+    "template",
+    backoffLimit=COUNT,
+    activeDeadlineSeconds=COUNT,
+    template={
+        **TEMPLATE,
+        "properties": {
+            **TEMPLATE["properties"],
+            "spec": {**POD, "required": [*POD["required"], "restartPolicy"]},
+        },
+    },
+)
+PEER = either(
+    fields("podSelector", podSelector=SELECTOR),
+    fields("namespaceSelector", namespaceSelector=SELECTOR),
+)
+POLICY_PORTS = some(fields("port", "protocol", port=PORT, protocol=one_of("TCP", "UDP")))
+SPECS: dict[tuple[str, str], Json] = {
+    ("v1", "PersistentVolumeClaim"): fields(
+        "accessModes",
+        "resources",
+        accessModes=some(one_of("ReadWriteOnce", "ReadWriteMany", "ReadOnlyMany")),
+        storageClassName=NAME,
+        resources=fields("requests", requests=fields("storage", storage=SIZE)),
+    ),
+    ("v1", "Service"): fields(
+        "selector",
+        "ports",
+        selector=MAP,
+        ports=some(fields("port", name=NAME, port=PORT, targetPort=NAME)),
+    ),
+    ("apps/v1", "Deployment"): fields(
+        "selector",
+        "template",
+        replicas=COUNT,
+        selector=SELECTOR,
+        strategy=fields(
+            "rollingUpdate", rollingUpdate=fields(maxUnavailable=COUNT, maxSurge=COUNT)
+        ),
+        template=TEMPLATE,
+    ),
+    ("batch/v1", "Job"): JOB,
+    ("batch/v1", "CronJob"): fields(
+        "schedule",
+        "jobTemplate",
+        schedule={"type": "string", "pattern": r"^(\S+ ){4}\S+$"},
+        concurrencyPolicy=one_of("Allow", "Forbid", "Replace"),
+        successfulJobsHistoryLimit=COUNT,
+        failedJobsHistoryLimit=COUNT,
+        jobTemplate=fields("spec", spec=JOB),
+    ),
+    ("policy/v1", "PodDisruptionBudget"): fields(
+        "maxUnavailable", "selector", maxUnavailable=COUNT, selector=SELECTOR
+    ),
+    ("networking.k8s.io/v1", "NetworkPolicy"): fields(
+        "podSelector",
+        "policyTypes",
+        podSelector=SELECTOR,
+        policyTypes=some(one_of("Ingress", "Egress")),
+        ingress=some(fields("from", **{"from": some(PEER), "ports": POLICY_PORTS})),
+        egress=some(fields("to", to=some(PEER), ports=POLICY_PORTS)),
+    ),
+    ("ray.io/v1", "RayCluster"): fields(
+        "rayVersion",
+        "headGroupSpec",
+        "workerGroupSpecs",
+        rayVersion=TEXT,
+        headGroupSpec=fields("rayStartParams", "template", rayStartParams=MAP, template=TEMPLATE),
+        workerGroupSpecs=some(
+            fields(
+                "groupName",
+                "replicas",
+                "minReplicas",
+                "maxReplicas",
+                "rayStartParams",
+                "template",
+                groupName=NAME,
+                replicas=COUNT,
+                minReplicas=COUNT,
+                maxReplicas=COUNT,
+                rayStartParams=MAP,
+                template=TEMPLATE,
+            )
+        ),
+    ),
+}
+
+# -- the manifest -----------------------------------------------------------------------------
+
+
+class Strict(yaml.SafeLoader):
+    """A key twice in a mapping is an error, as it is to ``kubectl``."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{sorted(keys)} at {node.start_mark}"
+        return super().construct_mapping(node, deep)
+
+
+MANIFEST: list[Json] = list(yaml.load_all((DEPLOY / "kuberay.yaml").read_text(), Strict))
+
+
+def named(kind: str, name: str) -> Json:
+    (found,) = (
+        resource
+        for resource in MANIFEST
+        if (resource["kind"], resource["metadata"]["name"]) == (kind, name)
+    )
+    return found
+
+
+STORE = named("RayCluster", "attncache-store")
+HEAD = STORE["spec"]["headGroupSpec"]
+(WORKERS,) = STORE["spec"]["workerGroupSpecs"]
+CONFIG = named("ConfigMap", "attncache-settings")["data"]
+SERVER_SETTINGS, STORE_SETTINGS = (
+    yaml.load(CONFIG[f"{n}.yaml"], Strict) for n in ("server", "store")
+)
+
+
+def templates(node: Any = MANIFEST) -> Iterator[Json]:
+    """Every pod template, wherever it is."""
+    if isinstance(node, dict):
+        if "template" in node and "spec" in node["template"]:
+            yield node["template"]
+        for value in node.values():
+            yield from templates(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from templates(value)
+
+
+PODS = list(templates())
+CONTAINERS = [
+    container
+    for pod in PODS
+    for container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+]
+RAY_CONTAINERS = [group["template"]["spec"]["containers"][0] for group in (HEAD, WORKERS)]
+(SERVER,) = named("Deployment", "attncache-server")["spec"]["template"]["spec"]["containers"]
+
+
+def label_of(pod: Json) -> str:
+    label: str = pod["metadata"]["labels"]["app.kubernetes.io/name"]
+    return label
+
+
+def mount_of(container: Json, path: str) -> Json:
+    """The mount that a path in a container is on."""
+    mounts = [
+        m for m in container["volumeMounts"] if PurePosixPath(path).is_relative_to(m["mountPath"])
+    ]
+    (found,) = mounts
+    return dict(found)
+
+
+def gib(size: str) -> int:
+    assert size.endswith("Gi"), size
+    return int(size.removesuffix("Gi"))
+
+
+@pytest.mark.parametrize("resource", MANIFEST, ids=lambda r: f"{r['kind']}-{r['metadata']['name']}")
+def test_resources_have_the_fields_that_their_apis_take(resource: Json) -> None:
+    about = {
+        "apiVersion": TEXT,
+        "kind": TEXT,
+        "metadata": fields("name", "labels", name=NAME, labels=MAP),
+    }
+    if resource["kind"] == "ConfigMap":
+        schema = fields(*about, "data", **about, data=MAP)
+    else:
+        spec = SPECS[resource["apiVersion"], resource["kind"]]
+        schema = fields(*about, "spec", **about, spec=spec)
+    jsonschema.validate(resource, schema, cls=jsonschema.Draft202012Validator)
+
+
+def test_the_schema_refuses_what_is_misspelt() -> None:
+    job = json.loads(json.dumps(named("Job", "attncache-store-load")["spec"]))
+    jsonschema.validate(job, JOB)
+    job["template"]["spec"]["containers"][0]["comand"] = ["true"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(job, JOB)
+
+
+def test_names_are_given_once() -> None:
+    names = [(resource["kind"], resource["metadata"]["name"]) for resource in MANIFEST]
+    assert len(set(names)) == len(names)
+    # KubeRay makes names of services from it, which have at most 63 characters.
+    assert len(STORE["metadata"]["name"]) <= 53
+
+
+def test_pods_are_alike_where_they_are_written_alike() -> None:
+    (pod_security,) = {json.dumps(pod["spec"]["securityContext"]) for pod in PODS}
+    assert json.loads(pod_security)["runAsUser"] == 1000
+    assert {container["image"] for container in CONTAINERS} == {IMAGE}
+    assert {container["imagePullPolicy"] for container in CONTAINERS} == {"IfNotPresent"}
+
+
+def test_every_container_has_rays_token_from_the_secret_of_the_guide() -> None:
+    tokens = {json.dumps(container["env"][:2]) for container in CONTAINERS}
+    (token,) = tokens
+    mode, value = json.loads(token)
+    assert mode == {"name": "RAY_AUTH_MODE", "value": "token"}
+    secret = value["valueFrom"]["secretKeyRef"]
+    assert value["name"] == "RAY_AUTH_TOKEN"
+    assert f"create secret generic {secret['name']}" in GUIDE
+    assert f"--from-literal={secret['key']}=" in GUIDE
+
+
+def test_what_pods_mount_is_a_volume_and_volumes_are_here_or_in_the_guide() -> None:
+    here = {(resource["kind"], resource["metadata"]["name"]) for resource in MANIFEST}
+    for pod in PODS:
+        volumes = {volume["name"]: volume for volume in pod["spec"].get("volumes", [])}
+        mounted = {
+            mount["name"]
+            for container in CONTAINERS
+            if container in [*pod["spec"].get("initContainers", []), *pod["spec"]["containers"]]
+            for mount in container["volumeMounts"]
+        }
+        assert mounted == set(volumes), label_of(pod)
+        for volume in volumes.values():
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in here
+            if "persistentVolumeClaim" in volume:
+                claim = volume["persistentVolumeClaim"]["claimName"]
+                assert ("PersistentVolumeClaim", claim) in here or f"`{claim}`" in GUIDE
+            if "secret" in volume:
+                assert f"create secret generic {volume['secret']['secretName']}" in GUIDE
+
+
+def test_the_root_of_containers_is_read_only_but_ray_and_vllm_can_write_where_they_do() -> None:
+    for container in CONTAINERS:
+        for path in ("/tmp", "/home/attncache"):
+            assert "readOnly" not in mount_of(container, path)
+
+
+def test_selectors_find_pods() -> None:
+    pods = [
+        pod["metadata"]["labels"]
+        | (
+            # What KubeRay adds.
+            {"ray.io/cluster": "attncache-store", "ray.io/node-type": kind}
+            if (
+                kind := {id(HEAD["template"]): "head", id(WORKERS["template"]): "worker"}.get(
+                    id(pod)
+                )
+            )
+            else {}
+        )
+        for pod in PODS
+    ]
+    for resource in MANIFEST:
+        spec = resource.get("spec", {})
+        selector = spec.get("podSelector") or spec.get("selector")
+        if selector is not None:
+            wanted = selector.get("matchLabels", selector)
+            assert any(wanted.items() <= labels.items() for labels in pods), resource["metadata"]
+
+
+# -- Ray --------------------------------------------------------------------------------------
+
+
+def test_ray_is_that_of_the_lock() -> None:
+    assert STORE["spec"]["rayVersion"] == LOCK["ray"]
+
+
+def test_ray_pods_are_probed_without_the_dashboard_that_the_lock_does_not_have() -> None:
+    # KubeRay adds probes of the dashboard where there are none, and they would never succeed.
+    assert "aiohttp-cors" not in LOCK, "the lock has ray[default] now: KubeRay's own probes will do"
+    for container in RAY_CONTAINERS:
+        for probe in ("readinessProbe", "livenessProbe"):
+            assert "tcpSocket" in container[probe]
+    head_ports = {port["name"]: port["containerPort"] for port in RAY_CONTAINERS[0]["ports"]}
+    assert RAY_CONTAINERS[0]["readinessProbe"]["tcpSocket"]["port"] == head_ports["client"]
+    assert RAY_CONTAINERS[0]["livenessProbe"]["tcpSocket"]["port"] == head_ports["gcs-server"]
+    raylet = int(WORKERS["rayStartParams"]["node-manager-port"])
+    for probe in ("readinessProbe", "livenessProbe"):
+        assert RAY_CONTAINERS[1][probe]["tcpSocket"]["port"] == raylet
+
+
+def test_ray_params_are_options_of_ray_start() -> None:
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.origin is not None
+    source = (Path(spec.origin).parent / "scripts" / "scripts.py").read_text()
+    for group in (HEAD, WORKERS):
+        for name in group["rayStartParams"]:
+            assert f'"--{name}"' in source
+    assert HEAD["rayStartParams"]["num-cpus"] == "0"
+    assert HEAD["rayStartParams"]["dashboard-host"] == "127.0.0.1"
+
+
+def test_rays_ports_are_closed_but_to_the_store_and_one_to_its_clients() -> None:
+    within = named("NetworkPolicy", "attncache-store")["spec"]
+    clients = named("NetworkPolicy", "attncache-store-clients")["spec"]
+    own = {"ray.io/cluster": STORE["metadata"]["name"]}
+    assert within["podSelector"]["matchLabels"] == own
+    assert within["policyTypes"] == ["Ingress", "Egress"]
+    assert within["ingress"] == [{"from": [{"podSelector": {"matchLabels": own}}]}]
+    assert clients["podSelector"]["matchLabels"] == {**own, "ray.io/node-type": "head"}
+    (rule,) = clients["ingress"]
+    (peer,) = rule["from"]
+    (port,) = rule["ports"]
+    assert port == {"port": 10001, "protocol": "TCP"}
+    allowed = peer["podSelector"]["matchLabels"].items()
+    for pod in PODS:
+        is_ray = pod is HEAD["template"] or pod is WORKERS["template"]
+        assert (allowed <= pod["metadata"]["labels"].items()) != is_ray, label_of(pod)
+
+
+# -- settings ---------------------------------------------------------------------------------
+
+
+def test_the_servers_settings_are_settings() -> None:
+    settings = Settings.model_validate(SERVER_SETTINGS)
+    # What a server keeps in memory fits beside the rest.
+    assert 2 * settings.resident_bytes < gib(SERVER["resources"]["limits"]["memory"]) << 30
+
+
+def test_servers_and_jobs_come_in_by_the_heads_service() -> None:
+    ports = {port["name"]: port["containerPort"] for port in RAY_CONTAINERS[0]["ports"]}
+    address = f"ray://{STORE['metadata']['name']}-head-svc:{ports['client']}"
+    assert SERVER_SETTINGS["store"] == STORE_SETTINGS["address"] == address
+
+
+def test_the_stores_settings_are_settings() -> None:
+    settings = pytest.importorskip("attncache_vllm.store.ray.settings")
+    settings.ClusterSettings.model_validate(STORE_SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["ray-local.yaml", "ray-cluster.yaml"])
+def test_the_stores_settings_are_those_of_the_examples(name: str) -> None:
+    path = ROOT / "configs" / name
+    if not path.exists():
+        pytest.skip("the store of shards is not here yet")
+    assert set(STORE_SETTINGS) <= set(yaml.safe_load(path.read_text()))
+
+
+def test_shards_find_their_folder_key_room_and_cores() -> None:
+    worker = RAY_CONTAINERS[1]
+    volumes = {volume["name"]: volume for volume in WORKERS["template"]["spec"]["volumes"]}
+    claim = volumes[mount_of(worker, STORE_SETTINGS["folder"])["name"]]["persistentVolumeClaim"]
+    volume = named("PersistentVolumeClaim", claim["claimName"])["spec"]
+    # Ray starts a shard on any worker: each must see what any other has written.
+    assert volume["accessModes"] == ["ReadWriteMany"]
+    needed = STORE_SETTINGS["shards"] * STORE_SETTINGS["shard_mib"]
+    assert needed < gib(volume["resources"]["requests"]["storage"]) * 1024
+    assert 1 <= STORE_SETTINGS["replicas"] <= STORE_SETTINGS["shards"]
+    key = PurePosixPath(STORE_SETTINGS["key_file"])
+    secret = volumes[mount_of(worker, str(key))["name"]]["secret"]["secretName"]
+    assert f"create secret generic {secret} --from-file={key.name}=" in GUIDE
+    # With one pod lost the shards still have their cores.
+    cores = (WORKERS["replicas"] - 1) * int(worker["resources"]["limits"]["cpu"])
+    assert cores >= STORE_SETTINGS["shards"] * STORE_SETTINGS["num_cpus"]
+
+
+def test_only_workers_have_the_key_of_entries() -> None:
+    holders = [
+        label_of(pod)
+        for pod in PODS
+        for volume in pod["spec"].get("volumes", [])
+        if "secret" in volume and pod is not WORKERS["template"]
+    ]
+    assert not holders
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+STORE_COMMANDS = [c["command"] for c in CONTAINERS if c.get("command", [""])[0] == "attncache"]
+
+
+def test_the_shards_are_brought_up_before_they_are_loaded() -> None:
+    spec = named("Job", "attncache-store-load")["spec"]["template"]["spec"]
+    assert [c["command"][1:3] for c in spec["initContainers"]] == [["store", "up"]]
+    assert [c["command"][1:3] for c in spec["containers"]] == [["store", "load"]]
+
+
+@pytest.mark.parametrize("command", STORE_COMMANDS, ids=" ".join)
+def test_commands_of_the_store_are_ones_of_the_cli(command: list[str]) -> None:
+    pytest.importorskip("attncache_vllm.cli.cluster")
+    from typer.main import get_command
+
+    from attncache_vllm.cli import app
+
+    found: Any = get_command(app)
+    words = command[1:]
+    while hasattr(found, "commands"):
+        found = found.commands[words.pop(0)]
+    found.make_context(None, words)  # an option that there is not would be an error
+
+
+def test_settings_that_commands_name_are_mounted() -> None:
+    for container in CONTAINERS:
+        for path in re.findall(r"/etc/attncache/settings/[\w.]+", json.dumps(container)):
+            if path == mount_of(container, path)["mountPath"]:
+                continue
+            assert PurePosixPath(path).name in CONFIG
+    assert {"server.yaml", "store.yaml"} == set(CONFIG)
+
+
+def test_servers_are_started_as_the_readme_says() -> None:
+    *_, script = SERVER["command"]
+    words = shlex.split(script.replace("\\\n", " "))
+    assert words[words.index("vllm") + 1] == "serve"
+    assert words[words.index("--attention-backend") + 1] == "attncache"
+    assert json.loads(words[words.index("--additional-config") + 1]) == {
+        "attncache": "/etc/attncache/settings/server.yaml"
+    }
+    readme = (ROOT / "README.md").read_text()
+    own = {"--served-model-name", "--host", "--port"}
+    assert all(word in readme for word in words if word.startswith("--") and word not in own)
+    (port,) = SERVER["ports"]
+    assert words[words.index("--port") + 1] == str(port["containerPort"])
+    (service,) = named("Service", "attncache-server")["spec"]["ports"]
+    assert (service["port"], service["targetPort"]) == (port["containerPort"], port["name"])
+
+
+# -- the image --------------------------------------------------------------------------------
+
+
+def instructions(path: Path) -> list[tuple[str, str]]:
+    """Of a Dockerfile: the words in front, and what follows, in one line each."""
+    lines = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [
+        (word, " ".join(rest.split()))
+        for word, _, rest in (line.strip().partition(" ") for line in joined.splitlines())
+        if word
+    ]
+
+
+IMAGE_FILE = instructions(DEPLOY / "Dockerfile")
+
+
+def arguments_of(word: str) -> list[str]:
+    return [rest for found, rest in IMAGE_FILE if found == word]
+
+
+def ignored(path: str) -> bool:
+    """By ``.dockerignore``: the last pattern that a path or a folder above it has decides."""
+    parts = PurePosixPath(path).parts
+    above = ["/".join(parts[: i + 1]) for i in range(len(parts))]
+    left_out = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        if not pattern or pattern.startswith("#"):
+            continue
+        if pattern.startswith("**/"):
+            hit = any(fnmatch.fnmatchcase(part, pattern[3:]) for part in parts)
+        else:
+            hit = any(
+                fnmatch.fnmatchcase(prefix, pattern) and prefix.count("/") == pattern.count("/")
+                for prefix in above
+            )
+        if hit:
+            left_out = not line.startswith("!")
+    return left_out
+
+
+def copied() -> list[str]:
+    sources = []
+    for rest in arguments_of("COPY"):
+        words = rest.split()
+        if not words[0].startswith("--from"):
+            sources += words[:-1]
+    return sources
+
+
+def test_every_source_of_the_image_is_in_the_repository_and_in_the_context() -> None:
+    for source in copied():
+        path = ROOT / source
+        assert path.exists(), source
+        files = [path] if path.is_file() else [*path.rglob("*.py"), *path.rglob("*.toml")]
+        for file in files:
+            assert not ignored(file.relative_to(ROOT).as_posix()), file
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ".git/HEAD",
+        ".venv/bin/python",
+        "build/demo/store/manifest",
+        "tests/test_deploy.py",
+        "deploy/kuberay.yaml",
+        "configs/embedded.yaml",
+        "auth_token",
+        "attncache_vllm/reuse/_tiles.cpython-311-x86_64-linux-gnu.so",
+        "attncache_vllm/store/__pycache__/local.cpython-311.pyc",
+    ],
+)
+def test_nothing_else_is_in_the_context(path: str) -> None:
+    assert ignored(path)
+
+
+def test_the_package_can_be_built_from_what_is_copied() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert {"pyproject.toml", project["project"]["readme"], "attncache_vllm"} <= set(copied())
+    for module in project["tool"]["setuptools"]["ext-modules"]:
+        for source in module["sources"]:
+            assert not ignored(source)
+
+
+def test_the_image_has_the_packages_of_the_lock_and_no_others() -> None:
+    installs = [
+        command.strip()
+        for rest in arguments_of("RUN")
+        for command in rest.split("&&")
+        if "pip install" in command
+    ]
+    locked, own = installs
+    assert "--no-deps" in locked and locked.endswith("-r /src/requirements/cpu.txt")
+    assert "--no-deps" in own and "--no-build-isolation" in own
+    # As the Makefile does it.
+    makefile = (ROOT / "Makefile").read_text()
+    assert "install --no-deps $(TORCH_ARGS) -r" in makefile
+    assert "--no-deps --no-build-isolation ./$(ALIAS)" in makefile
+
+
+def test_the_base_is_pinned_and_has_the_python_of_the_lock() -> None:
+    (base, *_) = arguments_of("ARG")
+    name, _, image = base.partition("=")
+    assert arguments_of("FROM") == [f"${{{name}}} AS build", f"${{{name}}}"]
+    tag = re.fullmatch(r"python:(\d+\.\d+)\.\d+-slim-\w+", image)
+    assert tag is not None, image
+    assert f"PYTHON ?= python{tag[1]}\n" in (ROOT / "Makefile").read_text()
+
+
+def test_nothing_is_run_that_was_just_downloaded() -> None:
+    text = "\n".join(f"{word} {rest}" for word, rest in IMAGE_FILE)
+    assert not re.search(r"\b(curl|wget)\b|\| *(ba)?sh\b|^ADD ", text, re.MULTILINE)
+
+
+def test_the_image_does_not_run_as_root_and_is_the_user_of_the_manifest() -> None:
+    (user,) = arguments_of("USER")
+    security = PODS[0]["spec"]["securityContext"]
+    assert user == f"{security['runAsUser']}:{security['runAsGroup']}"
+    # Nothing is run as root after it.
+    words = [word for word, _ in IMAGE_FILE]
+    assert "RUN" not in words[words.index("USER") :]
+    made = " ".join(arguments_of("RUN"))
+    assert f"useradd --uid {security['runAsUser']} " in made
+    assert STORE_SETTINGS["folder"] in made
+
+
+def test_the_image_is_called_the_same_everywhere() -> None:
+    said = (DEPLOY / "Dockerfile").read_text() + GUIDE
+    assert set(re.findall(r"attncache-vllm:[\w.]+", said)) == {IMAGE}
+
+
+# -- the health check -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def health() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("healthy", DEPLOY / "healthy.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """As vLLM: /health is 200, or 503 when the engine is dead."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/health" else 503)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+def test_a_server_is_healthy_while_it_says_so(health: ModuleType, port: int) -> None:
+    assert health.healthy(f"http://127.0.0.1:{port}/health")
+    assert not health.healthy(f"http://127.0.0.1:{port}/dead")
+
+
+def test_a_ray_node_is_healthy_while_it_listens(health: ModuleType, port: int) -> None:
+    assert health.healthy(f"tcp://127.0.0.1:{port}")
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        assert not health.healthy(f"tcp://127.0.0.1:{closed.getsockname()[1]}")
+        assert not health.healthy(f"http://127.0.0.1:{closed.getsockname()[1]}/health")
+
+
+@pytest.mark.parametrize("address", ["", "127.0.0.1:8000", "tcp://127.0.0.1", "ftp://host:21/x"])
+def test_an_address_that_is_none_is_a_mistake(health: ModuleType, address: str) -> None:
+    with pytest.raises(ValueError, match="HEALTH must be"):
+        health.healthy(address)
+
+
+def test_the_image_checks_its_health_with_the_standard_library(health: ModuleType) -> None:
+    (check,) = arguments_of("HEALTHCHECK")
+    program = json.loads(check.partition("CMD ")[2])
+    assert program[0] == "python"
+    assert f"deploy/healthy.py {program[1]}" in arguments_of("COPY")
+    (environment,) = [rest for rest in arguments_of("ENV") if "HEALTH=" in rest]
+    default = dict(word.split("=", 1) for word in shlex.split(environment))["HEALTH"]
+    assert health.healthy(default) in (True, False)  # an address
+    # It runs every few seconds.
+    tree = ast.parse((DEPLOY / "healthy.py").read_text())
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "attncache_vllm" not in ast.dump(ast.Module([*imported], []))
