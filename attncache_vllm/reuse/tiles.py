@@ -127,7 +127,8 @@ class TiledMap:
         if not dropped:
             return self
         prune = _prune if _tiles is None else _prune_natively
-        return replace(self, **prune(self, dropped))
+        cells, scales, columns, panels = prune(self, dropped)
+        return replace(self, cells=cells, scales=scales, columns=columns, panels=panels)
 
     def _held(self) -> Tensor:
         """`[len(groups) * G, length, length]` float32."""
@@ -256,23 +257,24 @@ def _tile_head(probs: Tensor, dropped: float) -> tuple[Tensor, Tensor, Tensor, T
     return cells[kept], kept_scales, columns, kept.sum(-1)
 
 
-def _prune_natively(tiles: TiledMap, dropped: float) -> dict[str, Tensor]:
+def _prune_natively(tiles: TiledMap, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert _tiles is not None
-    parts = tiles.cells.clone(), tiles.scales.clone(), tiles.columns.clone()
+    cells, scales, columns = tiles.cells.clone(), tiles.scales.clone(), tiles.columns.clone()
     panels = tiles.panels.clone()
     left = _tiles.prune(
-        *(part.data_ptr() for part in parts),
+        cells.data_ptr(),
+        scales.data_ptr(),
+        columns.data_ptr(),
         panels.data_ptr(),
         len(panels) - 1,
         -(-tiles.length // COLUMNS),
         dropped,
     )
     # Copies again: a part of a tensor would keep the memory of all of it.
-    cells, scales, columns = (part[:left].clone() for part in parts)
-    return {"cells": cells, "scales": scales, "columns": columns, "panels": panels}
+    return cells[:left].clone(), scales[:left].clone(), columns[:left].clone(), panels
 
 
-def _prune(tiles: TiledMap, dropped: float) -> dict[str, Tensor]:
+def _prune(tiles: TiledMap, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scales = tiles.scales.float()
     probs = tiles.cells.float().square() * scales[..., None]
     mass, largest = probs.sum(-1), probs.amax(-1)  # [T, 4]
@@ -292,12 +294,9 @@ def _prune(tiles: TiledMap, dropped: float) -> dict[str, Tensor]:
     grown = torch.where(left > 0, whole / left.clamp_min(1e-30), 1.0)
     ends = torch.zeros_like(counts).index_add_(0, panel[kept], torch.ones_like(panel[kept]))
     panels = torch.cat([torch.zeros(1, dtype=torch.int64), ends.cumsum(0)]).to(torch.uint32)
-    return {
-        "cells": tiles.cells[kept],
-        "scales": (scales * grown[panel])[kept].to(torch.bfloat16),
-        "columns": tiles.columns.to(torch.int64)[kept].to(torch.uint16),
-        "panels": panels,
-    }
+    scales = (scales * grown[panel])[kept].to(torch.bfloat16)
+    columns = tiles.columns.to(torch.int64)[kept].to(torch.uint16)
+    return tiles.cells[kept], scales, columns, panels
 
 
 def encode_tiles(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:

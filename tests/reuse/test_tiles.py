@@ -130,11 +130,9 @@ def test_compiled_or_not_the_same_tiles_are_pruned(
     layout, probs = sample(mask, length, seed)
     every = tiled(layout, probs, (1,))
     found, expected = tiles._prune_natively(every, dropped), tiles._prune(every, dropped)
-    for name in ("panels", "columns", "cells"):
-        assert torch.equal(found[name], expected[name]), name
-    torch.testing.assert_close(
-        found["scales"].float(), expected["scales"].float(), atol=0, rtol=2**-7
-    )
+    for part in (0, 2, 3):
+        assert torch.equal(found[part], expected[part])
+    torch.testing.assert_close(found[1].float(), expected[1].float(), atol=0, rtol=2**-7)
 
 
 def test_a_panel_with_more_tiles_than_its_rows_see_is_refused() -> None:
