@@ -84,7 +84,9 @@ def test_lookups_answer_as_the_embedded_store_does(store: Store, store_path: Pat
     queries = make_features(ENTRIES) + np.float32(0.01)
     bounds = [(1, 40 + 20 * i) for i in range(ENTRIES)]
     with LocalStore.open(store_path) as embedded:
-        expected = embedded.lookup(queries, bounds, neighbours=5, deadline=math.inf)
+        expected = embedded.lookup(
+            queries, bounds, tenants=[""] * ENTRIES, neighbours=5, deadline=math.inf
+        )
     ids, distances, lengths = store.fanout.lookup(
         store.edition, [""] * ENTRIES, queries, np.array(bounds), 5, store.clock() + 5
     )
@@ -100,7 +102,9 @@ def test_lookups_answer_as_the_embedded_store_does(store: Store, store_path: Pat
 def test_overlaps_answer_as_the_embedded_store_does(store: Store, store_path: Path) -> None:
     sketches = [make_sketch(i) for i in range(ENTRIES)]
     with LocalStore.open(store_path) as embedded:
-        expected = embedded.overlaps(sketches, neighbours=ENTRIES, deadline=math.inf)
+        expected = embedded.overlaps(
+            sketches, tenants=[""] * ENTRIES, neighbours=ENTRIES, deadline=math.inf
+        )
     ids, common, _ = store.fanout.overlaps(
         store.edition, [""] * ENTRIES, sketches, ENTRIES, store.clock() + 5
     )

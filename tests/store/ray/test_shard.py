@@ -73,7 +73,7 @@ def test_it_answers_as_the_embedded_store_with_the_same_entries(tmp_path: Path) 
         for start in range(0, 40, 8):
             rows = range(start, start + 8)
             shard.put(DIGEST, "", stored[rows], [bytes_of(n) for n in rows])
-        nearest = store.lookup(features, bounds, neighbours=5, deadline=math.inf)
+        nearest = store.lookup(features, bounds, tenants=[""] * 9, neighbours=5, deadline=math.inf)
         ids, distances, lengths = shard.lookup(DIGEST, [""] * 9, features, np.array(bounds), 5)
         for row, expected in enumerate(nearest):
             padding = 5 - len(expected)
@@ -81,7 +81,7 @@ def test_it_answers_as_the_embedded_store_with_the_same_entries(tmp_path: Path) 
             count = len(expected)
             assert distances[row, :count].tolist() == [n.distance for n in expected]
             assert lengths[row, :count].tolist() == [n.length for n in expected]
-        sharing = store.overlaps(sketches, neighbours=6, deadline=math.inf)
+        sharing = store.overlaps(sketches, tenants=[""] * 9, neighbours=6, deadline=math.inf)
         ids, common, lengths = shard.overlaps(DIGEST, [""] * 9, sketches, 6)
         for row, found in enumerate(sharing):
             # Of equals each store has its own order.
