@@ -51,7 +51,7 @@ def up(config: ConfigOption) -> None:
 
     Example: `attncache store up --config configs/ray-local.yaml`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         settings = _settings(config)
@@ -72,7 +72,7 @@ def status(
 
     Example: `attncache store status --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         with _attached(config, address) as running:
@@ -116,7 +116,7 @@ def load(
 
     Example: `attncache store load ./maps --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import transfer
 
         with _attached(config, address) as running, Progress(console=err) as progress:
@@ -145,7 +145,7 @@ def save(
 
     Example: `attncache store save ./copy --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import transfer
 
         with _attached(config, address) as running:
@@ -161,7 +161,7 @@ def reshard(config: ConfigOption) -> None:
 
     Example: `attncache store reshard --config configs/ray-cluster.yaml`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         settings = _settings(config)
@@ -186,7 +186,7 @@ def drain(
 
     Example: `attncache store drain --node 3f2a --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         if sum((bool(shard), node is not None, back)) != 1:
@@ -215,7 +215,7 @@ def delete(
 
     Example: `attncache store delete --tenant-salt customer-7 --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
         from attncache_vllm.tenants import tenant_of
 
@@ -233,7 +233,7 @@ def rearm(config: AnyConfigOption = None, address: AddressOption = None) -> None
 
     Example: `attncache store rearm --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         with _attached(config, address) as running:
@@ -253,7 +253,7 @@ def down(
 
     Example: `attncache store down --address auto`
     """
-    with _user_errors():
+    with _commanding(config):
         from attncache_vllm.store.ray import cluster
 
         with _joined(*_chosen(config, address)):
@@ -264,9 +264,14 @@ def down(
 
 
 @contextmanager
-def _user_errors() -> Iterator[None]:
+def _commanding(config: Path | None) -> Iterator[None]:
+    """Errors of the block in one line; and Ray, when it is imported there, finds its token."""
     with user_errors():
         try:
+            settings = None if config is None else _settings(config)
+            if settings is not None and settings.address == "local":
+                # Ray looks at it when it is imported, and sets it itself for `auto` only.
+                os.environ.setdefault("RAY_AUTH_MODE", settings.authentication)
             yield
         except ModuleNotFoundError as error:
             if error.name != "ray":
@@ -292,9 +297,6 @@ def _chosen(config: Path | None, address: str | None) -> tuple[ClusterSettings |
 def _joined(settings: ClusterSettings | None, address: str | None) -> Iterator[None]:
     from attncache_vllm.store.ray.cluster import joined
 
-    if settings is not None and settings.address == "local":
-        # Ray turns it on by itself for the address `auto` only.
-        os.environ.setdefault("RAY_AUTH_MODE", settings.authentication)
     with joined(settings.cluster if settings is not None else str(address)):
         yield
 

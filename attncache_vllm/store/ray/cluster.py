@@ -61,7 +61,9 @@ def joined(address: str) -> Iterator[None]:
 
 
 def start_head(settings: ClusterSettings) -> None:
-    """Start a head on the loopback of this machine, unless there is one at its port.
+    """Start a head on this machine, unless there is one at its port.
+
+    Ray 2.60 listens on all interfaces whatever address a node is given: the token keeps others out.
 
     Raises:
         StoreError: Ray cannot start it.
@@ -73,7 +75,7 @@ def start_head(settings: ClusterSettings) -> None:
         return
     _ray(
         [
-            *("start", "--head", "--node-ip-address", "127.0.0.1", "--port", str(settings.port)),
+            *("start", "--head", "--port", str(settings.port)),
             *("--dashboard-host", "127.0.0.1", "--disable-usage-stats"),
         ],
         environment,

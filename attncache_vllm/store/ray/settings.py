@@ -22,7 +22,7 @@ class ClusterSettings(FrozenSettings):
     address: str = Field(
         "local",
         min_length=1,
-        description="`local`: start a head on the loopback of this machine. `auto` or `HOST:PORT`: "
+        description="`local`: start a head on this machine. `auto` or `HOST:PORT`: "
         "join the cluster this machine is a node of. `ray://HOST:PORT`: come in from outside.",
     )
     port: int = Field(6379, ge=1, le=65535, description="Port of a head that is started here.")
