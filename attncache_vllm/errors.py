@@ -14,6 +14,10 @@ class StoreError(AttnCacheError):
     """A store cannot do what was asked of it."""
 
 
+class StoreInUse(StoreError):
+    """Another process writes to a store that has one writer."""
+
+
 class StoreDamaged(StoreError):
     """Bytes of a store are not the bytes that were written."""
 

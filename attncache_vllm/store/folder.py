@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attncache_vllm.errors import StoreError
+from attncache_vllm.errors import StoreError, StoreInUse
 from attncache_vllm.store.manifest import FILE_NAME, Manifest, owned_by_store
 
 _LOCK_NAME = "lock"
@@ -17,7 +17,8 @@ def lock(folder: Path) -> int:
     """Become the store's only writer; closing the returned descriptor, or dying, gives it up.
 
     Raises:
-        StoreError: another process, or another store object of this one, is writing.
+        StoreInUse: another process, or another store object of this one, is writing.
+        StoreError: the folder cannot be written to.
     """
     with storing(f"lock {folder}"):
         descriptor = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -25,7 +26,7 @@ def lock(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise StoreError(
+        raise StoreInUse(
             f"a store must have one writer at a time, got a second one for {folder}; "
             f"wait for the first or open it for reading ({error.strerror})"
         ) from error

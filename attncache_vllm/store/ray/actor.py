@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 
-from attncache_vllm.errors import StoreError
+from attncache_vllm.errors import StoreError, StoreInUse
 from attncache_vllm.store.checks import unpack
 from attncache_vllm.store.folder import storing
 from attncache_vllm.store.manifest import write_atomic
@@ -30,6 +30,7 @@ _THREADS = {"read": 4, "write": 1, "control": 2}
 # Of one caller: a shard that hangs must not make its callers grow.
 _MAX_PENDING = 256
 _EXPIRE_SECONDS = 60.0
+_LOCKED_SECONDS = 120.0
 _PLACEMENT = "placement"
 
 
@@ -51,7 +52,7 @@ class ShardActor:
         with storing(f"read the key file {key_file}"):
             key = None if key_file is None else Path(key_file).read_bytes()
         self._number = number
-        self._shard = Shard(own, limits, key)
+        self._shard = _shard_of(own, limits, key)
         self._placement_file = own / _PLACEMENT
         self._placement = self._later(Placement.from_dict(placement))
         threading.Thread(target=self._keep_expiring, daemon=True).start()
@@ -115,6 +116,23 @@ class ShardActor:
                 self._shard.expire()
             except Exception:
                 logger.exception("shard %d could not forget what is too old", self._number)
+
+
+def _shard_of(folder: Path, limits: Limits, key: bytes | None) -> Shard:
+    """The shard in a folder, as soon as nobody else has it.
+
+    Ray does not try a constructor again that has failed, and on shared storage the lock of a node
+    that died outlives it for a while.
+    """
+    given_up = time.monotonic() + _LOCKED_SECONDS
+    while True:
+        try:
+            return Shard(folder, limits, key)
+        except StoreInUse as error:
+            if time.monotonic() > given_up:
+                raise
+            logger.warning("waiting for a folder: %s", error)
+            time.sleep(1)
 
 
 def join(address: str) -> None:

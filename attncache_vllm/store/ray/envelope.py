@@ -50,7 +50,15 @@ _CRC_AT = _BODY_HMAC_AT + _HMAC_BYTES
 _PREFIX_BYTES = _CRC_AT + 4
 
 
-class NotSigned(StoreDamaged):
+class NotOurs(StoreDamaged):
+    """Sound, as far as can be told, and for another release or another key to read."""
+
+
+class OtherVersion(NotOurs):
+    """The version of the format is not the one that is read here."""
+
+
+class NotSigned(NotOurs):
     """A sound entry, of another key perhaps."""
 
 
@@ -165,14 +173,16 @@ def read_head(file: memoryview, key: bytes | None) -> Head:
     """Check everything of an entry's file but the maps (and pooled input) of its record.
 
     Raises:
-        StoreDamaged: anything at all is not as ``encode_entry`` writes it, or ``key`` did not sign
-            it (``NotSigned``).
+        StoreDamaged: anything at all is not as ``encode_entry`` writes it, another release wrote it
+            (``OtherVersion``), or ``key`` did not sign it (``NotSigned``).
     """
     if len(file) < _PREFIX_BYTES:
         raise StoreDamaged(f"an entry has at least {_PREFIX_BYTES} bytes, got {len(file)!r}")
     magic, version, envelope_bytes, record_bytes = _SIZES.unpack_from(file)
     if magic != _MAGIC:
         raise StoreDamaged(f"an entry starts with {_MAGIC!r}, got {magic!r}")
+    if version != _VERSION:  # before anything that another version may have elsewhere
+        raise OtherVersion(f"an entry's version must be {_VERSION}, got {version!r}")
     end = _PREFIX_BYTES + envelope_bytes
     start = end + -end % ALIGNMENT
     if envelope_bytes > MAX_ENVELOPE_BYTES or start + record_bytes != len(file):
@@ -184,8 +194,6 @@ def read_head(file: memoryview, key: bytes | None) -> Head:
     (crc,) = struct.unpack_from("<I", file, _CRC_AT)
     if zlib.crc32(body, zlib.crc32(file[:_CRC_AT])) != crc:
         raise StoreDamaged("the envelope of an entry does not have its checksum")
-    if version != _VERSION:
-        raise StoreDamaged(f"an entry's version must be {_VERSION}, got {version!r}")
     record = file[start:]
     layout, sketch = check_record(record)
     if key is not None:

@@ -13,7 +13,7 @@ from attncache_vllm.store.manifest import sync_folder
 from attncache_vllm.store.ray.envelope import (
     Envelope,
     Head,
-    NotSigned,
+    NotOurs,
     check_body,
     encode_entry,
     read_head,
@@ -88,8 +88,8 @@ class EntryFiles:
         """The entries of an edition, in no order; None for one that is damaged, or whose feature
         has not ``dim`` values.
 
-        Removes what was damaged or left behind by a crash. What another key signed stays: that key
-        may come back.
+        Removes what was damaged or left behind by a crash. What another key signed or another
+        release wrote stays: either may come back.
         """
         with folders.storing(f"list the entries below {self._folder}"):
             names = os.listdir(self._folder / edition[:16])
@@ -102,7 +102,7 @@ class EntryFiles:
                     head = self.read(edition, _id_of(path), whole=False)
                     if len(head.envelope.feature) != dim:
                         raise StoreDamaged(f"its feature must have {dim} values")
-                except NotSigned as error:
+                except NotOurs as error:
                     logger.warning("%s is left alone: %s", path, error)
                     yield None
                 except StoreDamaged as error:

@@ -19,6 +19,7 @@ from attncache_vllm.errors import StoreDamaged
 from attncache_vllm.store.ray.envelope import (
     Envelope,
     NotSigned,
+    OtherVersion,
     check_body,
     check_record,
     check_tenant,
@@ -100,6 +101,14 @@ def test_what_the_key_did_not_sign_is_not_read(written: bytes | None) -> None:
     read_all(data, written)
     with pytest.raises(NotSigned):
         read_head(memoryview(data), KEY)
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+def test_an_entry_of_another_release_is_told_from_a_damaged_one(key: bytes | None) -> None:
+    data = bytearray(file_of(3, KEY))
+    struct.pack_into("<I", data, 8, 2)
+    with pytest.raises(OtherVersion, match="version must be 1, got 2"):
+        read_head(memoryview(data), key)
 
 
 def test_without_a_key_signatures_are_not_looked_at() -> None:
@@ -251,20 +260,21 @@ def test_what_is_written_is_scanned_and_read_again(files: EntryFiles, tmp_path: 
     assert not record.flags.writeable
 
 
-def test_a_scan_removes_what_is_damaged_and_leaves_what_another_key_signed(
+def test_a_scan_removes_what_is_damaged_and_leaves_what_others_may_read(
     files: EntryFiles, tmp_path: Path
 ) -> None:
     for number in range(6):
         files.write(envelope_of(number), bytes_of(number).data)
-    damaged, empty, misplaced, other = (path_of(tmp_path, number) for number in range(4))
+    damaged, empty, misplaced, other, later = (path_of(tmp_path, number) for number in range(5))
     damaged.write_bytes(damaged.read_bytes()[:-1])
     empty.write_bytes(b"")
     misplaced.rename(misplaced.with_name("0123.entry"))
     other.write_bytes(file_of(3, b"another key"))
+    later.write_bytes(later.read_bytes()[:8] + struct.pack("<I", 2) + later.read_bytes()[12:])
     (damaged.parent / "half.tmp").write_bytes(b"cut off")
     (damaged.parent / "edition").write_bytes(b"not an entry")
     found = list(files.scan(DIGEST, FEATURE_DIM))
-    assert len([head for head in found if head is None]) == 4
+    assert len([head for head in found if head is None]) == 5
     assert {path.name for path in damaged.parent.iterdir()} == {
         *(path_of(tmp_path, number).name for number in (3, 4, 5)),
         "edition",

@@ -284,7 +284,11 @@ def test_what_is_saved_is_what_was_loaded(store: Store, store_path: Path, tmp_pa
         # Each entry lies where its own feature is.
         for number in range(ENTRIES):
             [[found]] = second.lookup(
-                make_features(ENTRIES)[[number]], [ANY_LENGTH], neighbours=1, deadline=math.inf
+                make_features(ENTRIES)[[number]],
+                [ANY_LENGTH],
+                tenants=[""],
+                neighbours=1,
+                deadline=math.inf,
             )
             [record] = second.load([found.entry_id], deadline=math.inf)
             assert found.distance == 0 and record is not None
