@@ -27,15 +27,20 @@ BIN := .venv/bin
 ALIAS := packaging/vllm-cpu-alias
 TORCH_ARGS := $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)")
 
-.PHONY: help venv assets demo eval bench test test-unit test-integration test-large lint lock clean
+# Where the demo keeps its maps: embedded, or ray.
+STORE ?= embedded
+
+.PHONY: help venv assets demo eval bench soak test test-unit test-integration test-large lint lock clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo              serve a real model with and without reuse, compare the answers"
+	@echo "make demo STORE=ray    the same from shards on a Ray node"
 	@echo "make eval              what reuse keeps: fidelity on five workloads (hours, 20 GB)"
 	@echo "make bench             what hits and misses cost against vLLM's own backend (10 minutes)"
+	@echo "make soak              two servers and four shards under faults (15 minutes)"
 	@echo "make test              unit and integration tests"
-	@echo "make test-unit         unit tests only (under a minute)"
+	@echo "make test-unit         unit tests only (two minutes)"
 	@echo "make test-integration  tests against a real server"
 	@echo "make test-large        the same with larger models, which are fetched first"
 	@echo "make lint              ruff and mypy"
@@ -73,7 +78,7 @@ assets: venv
 	@$(BIN)/python -m benchmarks.assets
 
 demo: assets
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo --store $(STORE)
 
 # What is done is kept in build/eval. A part of it: .venv/bin/python -m benchmarks.eval --help
 eval: assets
@@ -82,6 +87,9 @@ eval: assets
 # Longer: .venv/bin/python -m benchmarks.bench --full
 bench: assets
 	$(BIN)/python -m benchmarks.bench
+
+soak: assets
+	$(BIN)/python -m benchmarks.soak
 
 test: assets
 	$(BIN)/python -m pytest tests integration_tests

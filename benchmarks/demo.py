@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +33,10 @@ from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import near_duplicates, news
+from benchmarks.ray_nodes import ray_nodes
 from benchmarks.server import MODEL_NAME, group, serve
 
+MIB = 1024 * 1024
 MAX_TOKENS = 256
 NEAR_DUPLICATE_SHARES = (0.02, 0.05, 0.10, 0.20)  # of the words, replaced at random
 console = Console()
@@ -53,18 +58,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--entries", type=int, default=100, help="texts in the store")
     parser.add_argument("--requests", type=int, default=80, help="half of them near-duplicates")
+    parser.add_argument("--store", choices=("embedded", "ray"), default="embedded")
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
     options = parser.parse_args()
     # Ended politely or not, the context managers below end the servers.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(options.entries, options.requests, options.out)
+        run(options.entries, options.requests, options.store, options.out)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
 
 
-def run(entries: int, requests: int, folder: Path) -> None:
+def run(entries: int, requests: int, home: str, folder: Path) -> None:
     started = time.monotonic()
     model = ensure("smollm2")
     # Articles that fill MAX_TOKENS: both sides cut there, as services cut or chunk documents.
@@ -78,8 +84,9 @@ def run(entries: int, requests: int, folder: Path) -> None:
     ]
     texts = [text for pair in zip(unseen, edited, strict=False) for text in pair]
     store = build_store(model, stored, folder)
-    answered, bypasses = ask_both(model, store, texts, folder)
-    report = summarise(model, store, answered, bypasses)
+    with served_from(store, home, folder) as address:
+        answered, bypasses = ask_both(model, address, texts, folder)
+    report = {"store": home, **summarise(model, store, answered, bypasses)}
     report["seconds"] = round(time.monotonic() - started, 1)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     show(report)
@@ -103,13 +110,30 @@ def build_store(model: Path, texts: list[str], folder: Path) -> Path:
     return store
 
 
+@contextmanager
+def served_from(store: Path, home: str, folder: Path) -> Iterator[str]:
+    """The address at which servers find the store: its folder, or two shards it was loaded into."""
+    if home == "embedded":
+        yield str(store)
+        return
+    (folder / "ray").mkdir()
+    console.print("[bold]attncache store up[/], [bold]load[/]: a Ray node with two shards")
+    with ray_nodes(folder / "ray", nodes=1) as nodes:
+        size = Manifest.read(store).segments
+        room = 2 * sum(segment.size for segment in size) // MIB + 64
+        nodes.store("up", "--config", nodes.settings(shard_mib=room))
+        nodes.store("load", store, "--address", nodes.address)
+        os.environ.update(nodes.environment)  # for the servers: Ray's token
+        yield f"ray:{nodes.address}"
+
+
 def ask_both(
-    model: Path, store: Path, texts: list[str], folder: Path
+    model: Path, address: str, texts: list[str], folder: Path
 ) -> tuple[list[Request], dict[str, int]]:
     """Every text answered by both servers, and the bypasses among them by reason."""
     common = ["--max-model-len", str(MAX_TOKENS)]
     selected = ["--attention-backend", "attncache", "--additional-config"]
-    selected.append(json.dumps({"attncache": {"store": str(store)}}))
+    selected.append(json.dumps({"attncache": {"store": address}}))
     console.print("[bold]vllm serve[/] twice: --attention-backend attncache, and stock")
     with (
         serve(model, [*common, *selected], folder / "attncache.log") as reuse,

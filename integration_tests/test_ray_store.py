@@ -28,7 +28,7 @@ from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store import MAX_LENGTH, LocalStore
 from attncache_vllm.store.ray.client import RayStore
 from attncache_vllm.store.ray.ring import entry_id
-from integration_tests.ray_nodes import RayNodes, eventually, ray_nodes
+from benchmarks.ray_nodes import RayNodes, eventually, ray_nodes
 
 ENTRIES = 40
 IDS = [entry_id("", make_record(number).token_hash) for number in range(ENTRIES)]

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Ray cluster of this machine's own, out of reach of any other: nodes, and the commands on it."""
+"""A Ray cluster of this machine's own, out of reach of any other: nodes, and the commands on it.
+
+For the demo, the soak and the integration tests.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from integration_tests.processes import end_group
 
 START_SECONDS = 120.0
 COMMAND_SECONDS = 180.0
@@ -54,7 +55,7 @@ class RayNodes:
         # Ray's sockets lie in it, and their paths must be short.
         self.temp = Path(tempfile.mkdtemp(prefix="ray-"))
         token = folder / "token"
-        token.write_text("a token of the tests, long enough for Ray\n")
+        token.write_text("a token of these nodes, long enough for Ray\n")
         self.environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         self.nodes: list[subprocess.Popen[bytes]] = []
 
@@ -96,7 +97,8 @@ class RayNodes:
         for node in reversed(self.nodes):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 node.wait(10)
-            end_group(node.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(node.pid, signal.SIGKILL)
             node.wait()
         self.nodes.clear()
 
