@@ -21,7 +21,7 @@ import faiss
 import numpy as np
 from rich.console import Console
 
-from attncache_vllm.store.index import FeatureIndex, build_index, chosen_factory
+from attncache_vllm.store.index import FeatureIndex, chosen_factory
 
 DIM, QUERIES, NEIGHBOURS = 128, 32, 8
 REPEATS = 50
@@ -50,13 +50,12 @@ def measure(count: int, factory: str) -> dict[str, Any]:
     features += draw.standard_normal(features.shape, dtype=np.float32)
     lengths = draw.integers(64, 512, count)
     started = time.perf_counter()
-    built = build_index(features, factory)
+    index = FeatureIndex(features, lengths.tolist(), factory)
     found: dict[str, Any] = {
         "entries": count,
         "factory": factory,
         "build_s": round(time.perf_counter() - started, 2),
     }
-    index = FeatureIndex(built, features, lengths.tolist())
     faiss.omp_set_num_threads(1)  # what a search is kept to, for the search to compare with as well
     for kind, noise in NOISE.items():
         queried = draw.integers(count, size=QUERIES)

@@ -190,7 +190,7 @@ def test_verify_names_a_damaged_entry_and_exits_1(store: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["index", "features", "projector", "sketches", "artifact-templates", "manifest"]
+    "kind", ["features", "projector", "sketches", "artifact-templates", "manifest"]
 )
 def test_verify_names_a_damaged_file_and_exits_1(store: Path, kind: str) -> None:
     flip_last_byte(next(store.glob(f"{kind}*")))
@@ -454,7 +454,7 @@ def test_build_passes_its_options_on(
         "--min-tokens": 2,
         "--max-tokens": 64,
         "--max-distance": 0.5,
-        "--factory": "HNSW16",
+        "--factory": "IVF16,Flat",
         "--seed": 3,
     }
     build_command(*(part for option in given.items() for part in option), corpus=corpus)
@@ -462,7 +462,7 @@ def test_build_passes_its_options_on(
     (options, texts), (defaults, _) = asked
     store = tmp_path / "store"
     assert options == build.BuildOptions(
-        "model", store, (4, 5), 1, 7, 99, 2, 64, 0.5, "HNSW16", seed=3
+        "model", store, (4, 5), 1, 7, 99, 2, 64, 0.5, "IVF16,Flat", seed=3
     )
     assert defaults == build.BuildOptions("model", store)
     assert texts == [Text("a", "b"), Text("c")]

@@ -65,8 +65,8 @@ def build(
     factory: Annotated[
         str,
         typer.Option(
-            help="faiss index factory string; `auto` is `Flat` up to 16,384 entries, and beyond an "
-            "inverted file, which may miss a nearest entry."
+            help="`Flat`, or the faiss factory string of an inverted file; `auto` is `Flat` up to "
+            "16,384 entries, and beyond an inverted file, which may miss a nearest entry."
         ),
     ] = "auto",
     codec: Annotated[

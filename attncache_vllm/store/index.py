@@ -17,15 +17,21 @@ Features = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 # Where fewer than one entry in so many will do for a query, it is compared with these directly. On
-# one core, with 100,000 rows of 128 dimensions and ten neighbours, both ways take about 3 ms at
-# this share; with 50 entries that will do, the direct one takes 0.03 ms, growing proposals 10 ms.
+# one core, with 100,000 rows of 128 dimensions, both ways take about as long at this share.
 _RARE = 16
+# Queries are asked together if their entries begin and end in the same of so many parts.
+_PARTS = 16
+# Of how many candidates for each neighbour distances are computed from the features.
+_CANDIDATES = 4
 
 AUTO = "auto"
+EXACT = "Flat"
 # Rows up to which comparing with all of them is fast enough beside a model: `benchmarks/lookup.py`.
 _EXACT_UP_TO = 16_384
 # An inverted file looks through one list in so many.
 _LISTS_PER_PROBE = 64
+# Farther than any feature: what is forgotten must not stand before what is not.
+_FAR = 1e15
 
 
 def chosen_factory(factory: str, rows: int) -> str:
@@ -33,69 +39,73 @@ def chosen_factory(factory: str, rows: int) -> str:
     file of about four times as many lists as the square root of the rows."""
     if factory != AUTO:
         return factory
-    return "Flat" if rows <= _EXACT_UP_TO else f"IVF{2 ** round(math.log2(4 * rows**0.5))},Flat"
+    return EXACT if rows <= _EXACT_UP_TO else f"IVF{2 ** round(math.log2(4 * rows**0.5))},Flat"
 
 
-def build_index(features: Features, factory: str) -> faiss.Index:
-    """Train and fill the faiss index that ``factory`` names (L2) with ``features`` ``[N, F]``.
+def build_index(features: Features, factory: str) -> faiss.IndexIVF | None:
+    """Train and fill the inverted file that ``factory`` names (L2) with ``features`` ``[N, F]``;
+    None for ``Flat``, which is the features themselves.
 
-    An inverted file is set to look through a 64th of its lists, at least one.
+    It is set to look through a 64th of its lists, at least one.
 
     Raises:
-        StoreError: faiss does not know the factory, or cannot train it with N rows.
+        StoreError: faiss does not know the factory, cannot train it with N rows, or makes another
+            kind of index of it: others cannot be asked for entries of some lengths only.
     """
+    if factory == EXACT:
+        return None
     try:
         index = faiss.index_factory(features.shape[1], factory, faiss.METRIC_L2)
+        if not isinstance(index, faiss.IndexIVF):
+            raise RuntimeError("it is no inverted file")
         index.train(features)
         index.add(features)
-        inverted = faiss.try_extract_index_ivf(index)
-        if inverted is not None:
-            inverted.nprobe = max(1, inverted.nlist // _LISTS_PER_PROBE)
     except RuntimeError as error:
         raise StoreError(
-            f"the index factory must be one faiss can build from {len(features)} rows, "
-            f"got {factory!r}; 'Flat' always works ({_first_line(error)})"
+            "the index factory must be 'auto', 'Flat', or an inverted file that faiss can build "
+            f"from {len(features)} rows, got {factory!r}; 'auto' always works "
+            f"({_first_line(error)})"
         ) from error
-    return index
-
-
-def serialize_index(index: faiss.Index) -> bytes:
-    return bytes(faiss.serialize_index(index).tobytes())
-
-
-def deserialize_index(data: bytes, rows: int, dim: int) -> faiss.Index:
-    """The index in ``data``, whose checksum the caller has verified: faiss parses C++ structures.
-
-    Raises:
-        StoreError: it is no index of ``rows`` vectors of ``dim`` dimensions.
-    """
-    try:
-        index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-    except RuntimeError as error:
-        raise StoreError(f"faiss cannot read its index: {_first_line(error)}") from error
-    if (index.ntotal, index.d) != (rows, dim):
-        raise StoreError(f"the index must be {rows} x {dim}, got {index.ntotal} x {index.d}")
+    index.nprobe = max(1, index.nlist // _LISTS_PER_PROBE)
     return index
 
 
 class FeatureIndex:
-    """A faiss index that proposes entries, and the features that decide among them.
+    """The features of entries in order of their lengths, so that those of some lengths are a range
+    of rows; and an inverted file over them where there are many.
 
     Distances are computed from the features themselves: a compressed index only estimates them, and
     a gate that compares them must not depend on the choice of an index.
     """
 
-    def __init__(self, index: faiss.Index, features: Features, lengths: Sequence[int]) -> None:
-        self._index = index
-        self._features = features
-        self._lengths = _Lengths(np.asarray(lengths, dtype=np.int64))
+    def __init__(self, features: Features, lengths: Sequence[int], factory: str = AUTO) -> None:
+        """
+        Args:
+            features: float32 ``[N, F]``, finite; copied.
+            lengths: tokens of each entry.
+            factory: as for ``chosen_factory`` and ``build_index``.
+
+        Raises:
+            StoreError: see ``build_index``.
+        """
+        of_entry = np.asarray(lengths, dtype=np.int64)
+        self._ids: Ids = np.argsort(of_entry, kind="stable")
+        self._rows = np.empty_like(self._ids)
+        self._rows[self._ids] = np.arange(len(self._ids))
+        self._lengths = of_entry[self._ids]
+        self._features = np.ascontiguousarray(features[self._ids], dtype=np.float32)
+        self._inverted = build_index(self._features, chosen_factory(factory, len(features)))
+        self._alive: NDArray[np.bool_] = np.ones(len(of_entry), dtype=np.bool_)
 
     def forget(self, *entry_ids: int) -> None:
         """Never answer with ``entry_ids`` again; an id that is not indexed is ignored."""
-        indexed = [i for i in entry_ids if i < len(self._lengths.of_entry)]
-        if indexed:
-            # A new object, so that a search in another thread keeps a consistent one.
-            self._lengths = self._lengths.without(indexed)
+        rows = [self._rows[i] for i in entry_ids if i < len(self._rows)]
+        if rows:
+            # A new one, so that a search in another thread keeps a consistent one.
+            alive = self._alive.copy()
+            alive[rows] = False
+            self._alive = alive
+            self._features[rows] = _FAR
 
     def search(
         self,
@@ -106,9 +116,8 @@ class FeatureIndex:
     ) -> list[list[Neighbour]]:
         """The nearest entries of a length that will do, nearest first; see ``MapStore.lookup``.
 
-        An exact index ("Flat") gives the true nearest. Entries are proposed in growing numbers
-        until enough have a length that will do or faiss has no more to propose. Where few have
-        one, these are compared directly, which is exact with any index.
+        An exact index ("Flat") gives the true nearest, and so does any where few entries have a
+        length that will do.
         """
         dim = self._features.shape[1]
         if queries.ndim != 2 or queries.shape != (len(lengths), dim):
@@ -116,74 +125,64 @@ class FeatureIndex:
                 f"features must be [{len(lengths)}, {dim}], got {list(queries.shape)!r}"
             )
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        entries, total = self._lengths, len(self._features)
         shortest, longest = np.asarray(lengths, dtype=np.int64).reshape(len(lengths), 2).T
-        shortest = np.maximum(shortest, 1)  # no forgotten entry
-        start, stop = entries.places(shortest, longest)
-        usable = stop - start
-        wanted = np.minimum(usable, max(neighbours, 0))
-        wanted[~np.isfinite(queries).all(axis=1)] = 0
-
+        start = np.searchsorted(self._lengths, shortest, side="left")
+        stop = np.searchsorted(self._lengths, longest, side="right")
+        asked = (start < stop) & np.isfinite(queries).all(axis=1) & (neighbours > 0)
         answers: list[list[Neighbour]] = [[] for _ in lengths]
-        rare = usable * _RARE <= total
-        for query in np.flatnonzero(rare & (wanted > 0)).tolist():
-            ids = entries.ascending_ids[start[query] : stop[query]]
-            answers[query] = self._nearest(queries[query], ids, entries, neighbours)
-        pending = np.flatnonzero(~rare & (wanted > 0))
-        # Twice what would do if length and distance were independent.
-        rarity = np.max(wanted[pending] * total / usable[pending], initial=0)
-        proposals = 2 * max(neighbours, int(rarity))
-        while pending.size:
+        for (first, last), group in self._groups(start, stop, np.flatnonzero(asked)).items():
             raise_if_late(deadline)
-            proposals = min(total, proposals)
-            with _one_thread():
-                _, proposed = self._index.search(queries[pending], proposals)
-            unanswered = []
-            for query, ids in zip(pending.tolist(), proposed, strict=True):
-                exhausted = ids[-1] < 0  # there is no more in the lists that were looked through
-                ids = ids[ids >= 0]
-                found = entries.of_entry[ids]
-                ids = ids[(found >= shortest[query]) & (found <= longest[query])]
-                if len(ids) >= wanted[query] or proposals == total or exhausted:
-                    ids = ids[: 4 * neighbours]
-                    answers[query] = self._nearest(queries[query], ids, entries, neighbours)
-                else:
-                    unanswered.append(query)
-            pending = np.asarray(unanswered, dtype=np.int64)
-            proposals *= 8
+            found = self._candidates(queries[group], first, last, _CANDIDATES * neighbours)
+            for query, rows in zip(group, found, strict=True):
+                own = start[query], stop[query]
+                rows = rows[(rows >= own[0]) & (rows < own[1])]
+                if len(rows) < min(neighbours, own[1] - own[0]) and own != (first, last):
+                    # Others than it may have were nearer: among its own alone, then.
+                    [rows] = self._candidates(
+                        queries[query : query + 1], *own, _CANDIDATES * neighbours
+                    )
+                answers[query] = self._nearest(queries[query], rows, neighbours)
         raise_if_late(deadline)
         return answers
 
-    def _nearest(
-        self, query: Features, ids: Ids, entries: "_Lengths", neighbours: int
-    ) -> list[Neighbour]:
-        distances = np.linalg.norm(self._features[ids] - query, axis=1)
+    def _groups(self, start: Ids, stop: Ids, asked: Ids) -> dict[tuple[int, int], list[int]]:
+        """Queries by ranges of rows that hold theirs and little more."""
+        part = max(1, len(self._ids) // _PARTS)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for query in asked.tolist():
+            first = int(start[query]) // part * part
+            last = min(len(self._ids), -(-int(stop[query]) // part) * part)
+            if (stop[query] - start[query]) * 2 < last - first:
+                first, last = int(start[query]), int(stop[query])
+            groups.setdefault((first, last), []).append(query)
+        return groups
+
+    def _candidates(self, queries: Features, first: int, last: int, most: int) -> list[Ids]:
+        """Rows from ``first`` to ``last`` near each query, at most so many."""
+        most = min(most, last - first)
+        with _one_thread():
+            if self._inverted is None or (last - first) * _RARE <= len(self._ids):
+                _, found = faiss.knn(queries, self._features[first:last], most)
+                found[found >= 0] += first
+            else:
+                selector = faiss.IDSelectorRange(first, last)
+                alive = self._alive
+                if not alive[first:last].all():
+                    bits = np.packbits(alive, bitorder="little")
+                    present = faiss.IDSelectorBitmap(bits)
+                    within = selector  # faiss does not keep what it points to
+                    selector = faiss.IDSelectorAnd(within, present)
+                parameters = faiss.SearchParametersIVF(sel=selector, nprobe=self._inverted.nprobe)
+                _, found = self._inverted.search(queries, most, params=parameters)
+        return [rows[rows >= 0] for rows in found]
+
+    def _nearest(self, query: Features, rows: Ids, neighbours: int) -> list[Neighbour]:
+        rows = rows[self._alive[rows]]
+        distances = np.linalg.norm(self._features[rows] - query, axis=1)
+        ids = self._ids[rows]
         order = np.lexsort((ids, distances))[:neighbours]
-        found = zip(ids[order], distances[order], entries.of_entry[ids[order]], strict=True)
+        found = zip(ids[order], distances[order], self._lengths[rows[order]], strict=True)
         return [Neighbour(int(i), float(distance), int(length)) for i, distance, length in found]
-
-
-class _Lengths:
-    """The length of each entry, 0 for a forgotten one, and the others in order of length."""
-
-    def __init__(self, of_entry: Ids, ascending_ids: Ids | None = None) -> None:
-        self.of_entry = of_entry
-        if ascending_ids is None:
-            ascending_ids = np.argsort(of_entry, kind="stable")
-        self.ascending_ids = ascending_ids
-        self._ascending = of_entry[ascending_ids]
-
-    def without(self, entry_ids: Sequence[int]) -> "_Lengths":
-        of_entry = self.of_entry.copy()
-        of_entry[entry_ids] = 0
-        return _Lengths(of_entry, self.ascending_ids[of_entry[self.ascending_ids] > 0])
-
-    def places(self, shortest: Ids, longest: Ids) -> tuple[Ids, Ids]:
-        """Where in ``ascending_ids`` the lengths from shortest to longest start and stop."""
-        return (
-            np.searchsorted(self._ascending, shortest, side="left"),
-            np.searchsorted(self._ascending, longest, side="right"),
-        )
 
 
 def raise_if_late(deadline: float) -> None:

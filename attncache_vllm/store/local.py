@@ -169,7 +169,7 @@ class LocalStore(StoreReader):
             projector: the serialised projector the features were made with.
             report: how the training went; plain data, opaque to the store.
             features: float32 ``[entries, F]``, finite, row i that of entry i.
-            factory: faiss index factory string, or `auto`: see `chosen_factory`.
+            factory: of the index: see `chosen_factory` and `build_index`.
             artifacts: further files by name, opaque to the store; a name is letters from a to z.
 
         Raises:
@@ -208,7 +208,7 @@ class LocalStore(StoreReader):
     ) -> None:
         """Commit, together with another plan, report and set of artifacts for what is published.
 
-        Projector, features, index and sketches stay. Arguments are as for ``publish``.
+        Projector, features and sketches stay. Arguments are as for ``publish``.
 
         Raises:
             StoreError: nothing is published yet, or an argument does not fit.

@@ -26,7 +26,7 @@ from attncache_vllm.store.protocol import Namespace
 from attncache_vllm.store.records import ALIGNMENT, MAX_LENGTH, MAX_SKETCH
 
 FILE_NAME = "manifest"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _MAGIC = b"ATNCSTOR"
 _CHECKED_FROM = len(_MAGIC) + 32
@@ -37,7 +37,7 @@ _MAX_COUNT = 1 << 32
 _SEGMENT_NAME = re.compile(r"maps-[0-9]{6}")
 _ARTIFACT = re.compile(r"[a-z]{1,32}")
 _FILE_NAME = re.compile(
-    rf"(features|index|projector|sketches|artifact-{_ARTIFACT.pattern})-[0-9a-f]{{16}}"
+    rf"(features|projector|sketches|artifact-{_ARTIFACT.pattern})-[0-9a-f]{{16}}"
 )
 
 
@@ -79,8 +79,9 @@ class Published:
     """What a build adds so that the first ``rows`` entries can be looked up and reused.
 
     ``plan``, ``report`` and the contents of ``artifacts`` mean nothing to a store. ``features``
-    holds float32 ``[rows, dim]``, row i that of entry i; ``index`` the faiss index that ``factory``
-    makes of them; ``sketches`` those of the entries, as ``attncache_vllm.store.sketches`` has them.
+    holds float32 ``[rows, dim]``, row i that of entry i; ``factory`` is that of the index which is
+    built of them when the store is opened; ``sketches`` are those of the entries, as
+    ``attncache_vllm.store.sketches`` has them.
     """
 
     plan: dict[str, Any]
@@ -89,13 +90,12 @@ class Published:
     features: FileRef
     rows: int
     dim: int
-    index: FileRef
     factory: str
     sketches: FileRef
     artifacts: dict[str, FileRef]
 
     def files(self) -> tuple[FileRef, ...]:
-        own = self.projector, self.features, self.index, self.sketches
+        own = self.projector, self.features, self.sketches
         return *own, *self.artifacts.values()
 
 
@@ -120,7 +120,7 @@ class Manifest:
         published = None
         if self.published is not None:
             published = dict(vars(self.published))
-            for name in ("projector", "features", "index", "sketches"):
+            for name in ("projector", "features", "sketches"):
                 published[name] = list(vars(published[name]).values())
             published["artifacts"] = {
                 name: list(vars(file).values()) for name, file in self.published.artifacts.items()
@@ -249,7 +249,7 @@ def _entry(item: object, segments: tuple[Segment, ...]) -> Entry:
 
 
 def _published(data: object, entries: int) -> Published:
-    files = ["projector", "features", "index", "sketches", "artifacts"]
+    files = ["projector", "features", "sketches", "artifacts"]
     given = checks.fields(data, ["plan", "report", "rows", "dim", "factory", *files], "published")
     rows = checks.integer(given["rows"], 1, entries, "rows")
     dim = checks.integer(given["dim"], 1, 1 << 20, "dim")
@@ -266,7 +266,6 @@ def _published(data: object, entries: int) -> Published:
         features=features,
         rows=rows,
         dim=dim,
-        index=_file_ref(given["index"], "index"),
         factory=checks.text(given["factory"], "factory"),
         sketches=sketches,
         artifacts={

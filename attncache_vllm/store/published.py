@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that are published in a store: projector, features and sketches, the index over the
-features, and artifacts."""
+"""The files that are published in a store: projector, features, sketches and artifacts."""
 
 import hashlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,14 +12,7 @@ import numpy as np
 
 from attncache_vllm.errors import StoreDamaged, StoreError
 from attncache_vllm.store import checks
-from attncache_vllm.store.index import (
-    FeatureIndex,
-    Features,
-    build_index,
-    chosen_factory,
-    deserialize_index,
-    serialize_index,
-)
+from attncache_vllm.store.index import FeatureIndex, Features, build_index, chosen_factory
 from attncache_vllm.store.manifest import (
     FileRef,
     Manifest,
@@ -31,17 +22,14 @@ from attncache_vllm.store.manifest import (
 )
 from attncache_vllm.store.sketches import Sketch, SketchIndex, encode_sketches
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Serving:
-    """What a store answers lookups with. ``rebuilt``: its index file was damaged or gone."""
+    """What a store answers lookups with."""
 
     projector: bytes
     index: FeatureIndex
     sketches: SketchIndex
-    rebuilt: bool
 
     def forget(self, entry_id: int) -> None:
         """Never answer with ``entry_id`` again."""
@@ -73,10 +61,10 @@ def write_published(
         raise StoreError("features must be finite, got NaN or infinity; train again")
     features = np.ascontiguousarray(features, dtype="<f4")
     factory = chosen_factory(factory, len(features))
+    build_index(features, factory)  # refused now, not when the store is opened
     contents = {
         "projector": projector,
         "features": features.tobytes(),
-        "index": serialize_index(build_index(features, factory)),
         "sketches": encode_sketches(sketches),
     }
     files = {kind: FileRef.of(kind, data) for kind, data in contents.items()}
@@ -106,7 +94,7 @@ def write_artifacts(folder: Path, artifacts: Mapping[str, bytes]) -> dict[str, F
 
 
 def load_published(folder: Path, manifest: Manifest, published: Published) -> Serving:
-    """Read and check the files; an index that is not what was written is built again in memory.
+    """Read and check the files, and build the index.
 
     Raises:
         StoreDamaged: projector, features or sketches are damaged, which only a build can cure.
@@ -115,16 +103,10 @@ def load_published(folder: Path, manifest: Manifest, published: Published) -> Se
     projector = read_file(folder, published.projector)
     raw = read_file(folder, published.features)
     features = np.frombuffer(raw, dtype="<f4").reshape(published.rows, published.dim)
-    rebuilt = False
-    try:
-        data = read_file(folder, published.index)
-        index = deserialize_index(data, published.rows, published.dim)
-    except (StoreError, OSError) as error:
-        logger.warning("building the index of %s again: %s", folder, error)
-        index, rebuilt = build_index(features, published.factory), True
     lengths = [entry.length for entry in manifest.entries[: published.rows]]
     sketches = SketchIndex(read_file(folder, published.sketches), lengths)
-    return Serving(projector, FeatureIndex(index, features, lengths), sketches, rebuilt)
+    index = FeatureIndex(features, lengths, published.factory)
+    return Serving(projector, index, sketches)
 
 
 def read_consistently(folder: Path) -> tuple[Manifest, Serving | None]:

@@ -54,7 +54,7 @@ class StoreReader:
         self._segments = segments
         self._mutex = RLock()
         self._table = self._table_of(manifest.entries)
-        self._damaged_files = int(serving.rebuilt) if serving else int(bool(manifest.published))
+        self._damaged_files = int(serving is None and manifest.published is not None)
         self._lookups = self._late = 0
         self._closed = False
 

@@ -288,7 +288,7 @@ def harm(store: Path, kind: str) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"!")
 
 
-@pytest.mark.parametrize("kind", ["features", "sketches", "index", "maps"])
+@pytest.mark.parametrize("kind", ["features", "sketches", "maps"])
 def test_damage_that_a_build_cures_costs_no_calibration(
     engines: Engines, calibrated: BuildOptions, kind: str
 ) -> None:

@@ -5,14 +5,8 @@ import faiss
 import numpy as np
 import pytest
 
-from attncache_vllm.store.index import (
-    AUTO,
-    FeatureIndex,
-    build_index,
-    chosen_factory,
-    deserialize_index,
-    serialize_index,
-)
+from attncache_vllm.errors import StoreError
+from attncache_vllm.store.index import AUTO, FeatureIndex, build_index, chosen_factory
 
 ROWS, DIM, LISTS = 4096, 16, 128
 NEVER = float("inf")
@@ -31,7 +25,7 @@ EVERY_LENGTH = (1, 2**31)
 )
 def test_a_store_is_searched_in_parts_only_when_it_is_large(rows: int, factory: str) -> None:
     assert chosen_factory(AUTO, rows) == factory
-    assert chosen_factory("HNSW8", rows) == "HNSW8"
+    assert chosen_factory("IVF8,Flat", rows) == "IVF8,Flat"
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +33,22 @@ def features() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((ROWS, DIM)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def inverted(features: np.ndarray) -> faiss.Index:
+def inverted(features: np.ndarray, lengths: list[int]) -> FeatureIndex:
+    return FeatureIndex(features, lengths, f"IVF{LISTS},Flat")
+
+
+@pytest.mark.parametrize("factory", ["HNSW8", "PQ4", "nonsense", "IVF9999,Flat"])
+def test_what_is_no_inverted_file_of_so_many_rows_is_refused(
+    features: np.ndarray, factory: str
+) -> None:
+    with pytest.raises(StoreError, match=f"got '{factory}'; 'auto' always works"):
+        build_index(features[:99], factory)
+
+
+def test_an_inverted_file_finds_what_is_near(features: np.ndarray) -> None:
     built = build_index(features, f"IVF{LISTS},Flat")
-    # As a store writes and reads it: what is looked through is part of it.
-    return deserialize_index(serialize_index(built), ROWS, DIM)
-
-
-def test_an_inverted_file_finds_what_is_near(features: np.ndarray, inverted: faiss.Index) -> None:
-    assert faiss.extract_index_ivf(inverted).nprobe == LISTS // 64
-    index = FeatureIndex(inverted, features, [7] * ROWS)
+    assert built is not None and built.nprobe == LISTS // 64
+    index = inverted(features, [7] * ROWS)
     queries = features[::16] + np.float32(0.01)
     found = index.search(queries, [EVERY_LENGTH] * len(queries), 1, NEVER)
     right = [row[0].entry_id == 16 * n for n, row in enumerate(found)]
@@ -56,22 +56,53 @@ def test_an_inverted_file_finds_what_is_near(features: np.ndarray, inverted: fai
     assert all(row[0].distance == pytest.approx(0.04, abs=1e-3) for row in np.array(found)[right])
 
 
-def test_a_search_ends_with_the_lists_that_it_looks_through(
-    features: np.ndarray, inverted: faiss.Index
+def test_of_an_inverted_file_only_entries_of_the_right_lengths_are_proposed(
+    features: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # An eighth of the entries would do, and the lists hold a 64th of all: fewer than are wanted.
-    asked: list[int] = []
+    """However much nearer the others are, and though the lists hold few that will do."""
+    searched = []
+    search = faiss.IndexIVFFlat.search
 
-    class Counting:
-        def search(self, queries: np.ndarray, proposals: int) -> tuple[np.ndarray, np.ndarray]:
-            asked.append(proposals)
-            answer: tuple[np.ndarray, np.ndarray] = inverted.search(queries, proposals)
-            return answer
+    def counted(index: faiss.Index, *arguments: object, **options: object) -> object:
+        searched.append(arguments)
+        return search(index, *arguments, **options)
 
+    monkeypatch.setattr(faiss.IndexIVFFlat, "search", counted)
     lengths = [9 if n % 8 == 0 else 7 for n in range(ROWS)]
-    index = FeatureIndex(Counting(), features, lengths)
-    [found] = index.search(features[:1], [(9, 9)], 400, NEVER)
-    assert 1 <= len(found) < 400
-    assert found[0].entry_id == 0
-    assert {neighbour.length for neighbour in found} == {9}
-    assert len(asked) == 1
+    index = inverted(features, lengths)
+    found = index.search(features[:32], [(9, 9)] * 32, 5, NEVER)
+    assert len(searched) == 1, "queries for the same lengths are asked together"
+    assert all(row and {n.length for n in row} == {9} for row in found)
+    assert [found[n][0].entry_id for n in range(0, 32, 8)] == list(range(0, 32, 8))
+
+
+def test_an_inverted_file_forgets(features: np.ndarray) -> None:
+    index = inverted(features, [7] * ROWS)
+    queries = features[:64]
+    before = index.search(queries, [EVERY_LENGTH] * 64, 2, NEVER)
+    assert [row[0].entry_id for row in before] == list(range(64))
+    index.forget(*range(0, 64, 2))
+    after = index.search(queries, [EVERY_LENGTH] * 64, 1, NEVER)
+    gone = [row[0].entry_id if row else None for row in after]
+    assert gone[1::2] == list(range(1, 64, 2))
+    assert not set(gone) & set(range(0, 64, 2))
+
+
+def test_queries_of_many_lengths_are_asked_in_a_few_groups(
+    features: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = FeatureIndex(features, list(range(1, ROWS + 1)), "Flat")
+    asked: list[int] = []
+    candidates = FeatureIndex._candidates
+
+    def counted(self: FeatureIndex, queries: np.ndarray, *span: int) -> list[np.ndarray]:
+        asked.append(len(queries))
+        return candidates(self, queries, *span)
+
+    monkeypatch.setattr(FeatureIndex, "_candidates", counted)
+    bounds = [(10 + n, 2**31) for n in range(64)]
+    found = index.search(features[:64], bounds, 3, NEVER)
+    assert asked == [64]
+    for n, row in enumerate(found):
+        distances = np.linalg.norm(features[9 + n :] - features[n], axis=1)
+        assert [r.entry_id for r in row] == (np.argsort(distances)[:3] + 9 + n).tolist()

@@ -89,8 +89,7 @@ def sound_entries(path: Path) -> set[int]:
                 assert store.artifact(name) == data
         report = store.verify()
         assert {entry_id for entry_id, _ in report.damaged} == set(range(ENTRIES)) - sound
-        indexes = [problem for problem in report.problems if problem.startswith("index")]
-        assert store.stats().damaged == ENTRIES - len(sound) + len(indexes)
+        assert store.stats().damaged == ENTRIES - len(sound)
     return sound
 
 
@@ -127,14 +126,6 @@ def test_a_truncated_file_is_damage(
         os.truncate(file, size)
         with pytest.raises(StoreDamaged):
             LocalStore.open(path)
-
-
-def test_a_truncated_index_is_built_again(pristine: Path, scratch: Callable[[Path], Path]) -> None:
-    path = scratch(pristine)
-    file = file_of(path, "index")
-    for size in range(file.stat().st_size - 1, -1, -5):
-        os.truncate(file, size)
-        assert sound_entries(path) == set(range(ENTRIES))
 
 
 def test_a_truncated_artifact_is_damage_when_it_is_read(
@@ -199,7 +190,7 @@ def test_forged_manifests_with_right_checksums_are_refused(
         Manifest.from_bytes(forge(pristine, change))
 
 
-KINDS = ["maps", "manifest", "features", "index", "projector", "sketches", "artifact-templates"]
+KINDS = ["maps", "manifest", "features", "projector", "sketches", "artifact-templates"]
 
 
 @settings(max_examples=200, deadline=None)
@@ -225,7 +216,7 @@ def test_a_bit_flip_anywhere_is_skipped_cured_or_clearly_refused(
         }
         assert len(hit) == 1
         assert sound_entries(path) == set(range(ENTRIES)) - hit
-    elif kind in {"index", "artifact-templates"}:
+    elif kind == "artifact-templates":
         with LocalStore.open(path) as store:
             problems = store.verify().problems
         assert [problem.startswith(file.name) for problem in problems] == [True]

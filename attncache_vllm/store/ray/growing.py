@@ -15,14 +15,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
-from attncache_vllm.store.index import (
-    AUTO,
-    FeatureIndex,
-    Features,
-    Ids,
-    build_index,
-    chosen_factory,
-)
+from attncache_vllm.store.index import FeatureIndex, Features, Ids
 from attncache_vllm.store.protocol import Neighbour, Overlap
 from attncache_vllm.store.sketches import Sketch, SketchIndex, encode_sketches
 
@@ -155,8 +148,7 @@ class _Level:
         words = np.frombuffer(data, dtype="<u8")
         self._ends = len(ids) + np.cumsum(words[: len(ids)], dtype=np.int64)
         self._words = words
-        faiss_index = build_index(self._features, chosen_factory(AUTO, len(ids)))
-        self.index = FeatureIndex(faiss_index, self._features, self._lengths.tolist())
+        self.index = FeatureIndex(self._features, self._lengths.tolist())
         self.sketches = SketchIndex(data, self._lengths.tolist())
         self._findable: NDArray[np.bool_] = np.ones(len(ids), dtype=np.bool_)
         self.alive = len(ids)

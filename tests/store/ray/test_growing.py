@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.errors import StoreTimeout
-from attncache_vllm.store.index import FeatureIndex, build_index
+from attncache_vllm.store.index import FeatureIndex
 from attncache_vllm.store.ray import growing
 from attncache_vllm.store.ray.growing import GrowingIndex
 
@@ -114,7 +114,7 @@ def test_entries_without_ties_are_answered_as_by_one_index_of_all() -> None:
             index.compact()
     queries = random.normal(size=(20, 16)).astype(np.float32)
     bounds = [(int(low), int(low) + 20) for low in random.integers(1, 30, 20)]
-    static = FeatureIndex(build_index(features, "Flat"), features, lengths.tolist())
+    static = FeatureIndex(features, lengths.tolist(), "Flat")
     assert index.lookup(queries, bounds, 8, NEVER) == static.search(queries, bounds, 8, NEVER)
 
 
@@ -162,14 +162,14 @@ def test_searches_and_changes_go_on_while_levels_are_built(
     def slowly(*arguments: object) -> object:
         building.set()
         assert go_on.wait(30)
-        return build_index(*arguments)  # type: ignore[arg-type]
+        return FeatureIndex(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(growing, "build_index", slowly)
+    monkeypatch.setattr(growing, "FeatureIndex", slowly)
     compacting = threading.Thread(target=index.compact)
     compacting.start()
     try:
         assert building.wait(30)
-        monkeypatch.setattr(growing, "build_index", build_index)
+        monkeypatch.setattr(growing, "FeatureIndex", FeatureIndex)
         index.compact()  # returns at once
         index.remove([IDS[1], IDS[4]])
         add(index, [6, 1])
