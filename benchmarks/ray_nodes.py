@@ -96,7 +96,7 @@ class RayNodes:
                 os.killpg(node.pid, signal.SIGTERM)
         for node in reversed(self.nodes):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(10)
+                node.wait(3)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(node.pid, signal.SIGKILL)
             node.wait()

@@ -98,10 +98,12 @@ def test_answers_are_those_of_the_embedded_store(
     lengths = [(1 + i, 20 + 8 * i) for i in range(ENTRIES)]
     sketches = [make_sketch(i) for i in range(ENTRIES)]
     deadline = time.monotonic() + 10
-    with LocalStore.open(embedded) as local:
-        near = local.lookup(queries, lengths, neighbours=8, deadline=deadline)
-        overlapping = local.overlaps(sketches, neighbours=ENTRIES, deadline=deadline)
     tenants = [""] * ENTRIES
+    with LocalStore.open(embedded) as local:
+        near = local.lookup(queries, lengths, tenants=tenants, neighbours=8, deadline=deadline)
+        overlapping = local.overlaps(
+            sketches, tenants=tenants, neighbours=ENTRIES, deadline=deadline
+        )
     found = store.lookup(queries, lengths, tenants=tenants, neighbours=8, deadline=deadline)
     for answer, expected in zip(found, near, strict=True):
         assert [n.entry_id for n in answer] == [IDS[n.entry_id] for n in expected]

@@ -165,14 +165,14 @@ class FeatureIndex:
                 _, found = faiss.knn(queries, self._features[first:last], most)
                 found[found >= 0] += first
             else:
-                selector = faiss.IDSelectorRange(first, last)
-                alive = self._alive
-                if not alive[first:last].all():
-                    bits = np.packbits(alive, bitorder="little")
-                    present = faiss.IDSelectorBitmap(bits)
-                    within = selector  # faiss does not keep what it points to
-                    selector = faiss.IDSelectorAnd(within, present)
-                parameters = faiss.SearchParametersIVF(sel=selector, nprobe=self._inverted.nprobe)
+                # faiss keeps pointers only: these live until it has answered.
+                bits = np.packbits(self._alive, bitorder="little")
+                within = faiss.IDSelectorRange(first, last)
+                present = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+                both = faiss.IDSelectorAnd(within, present)
+                parameters = faiss.SearchParametersIVF()
+                parameters.nprobe = self._inverted.nprobe
+                parameters.sel = within if self._alive[first:last].all() else both
                 _, found = self._inverted.search(queries, most, params=parameters)
         return [rows[rows >= 0] for rows in found]
 
