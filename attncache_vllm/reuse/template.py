@@ -3,9 +3,9 @@
 
 The mean of the maps is the constant map with the least expected squared distance to the map of a
 text. A causal template of N tokens serves every length up to N by its leading block, as any causal
-map does, and, widened, a little more. A bidirectional map depends on where the text ends, so there
-is one template per length bucket, cut to a shorter text in the middle: the first half keeps its
-distance to the beginning and the second half to the end, where encoders have their separators.
+map does. A bidirectional map depends on where the text ends, so there is one template per length
+bucket, cut to a shorter text in the middle: the first half keeps its distance to the beginning and
+the second half to the end, where encoders have their separators.
 """
 
 from __future__ import annotations
@@ -64,12 +64,8 @@ def resize(probs: Tensor, length: int) -> Tensor:
     # Only a wider map needs the bounds: there both halves run into the middle token.
     middle = old // 2
     picked = torch.where(position < half, picked.clamp(max=middle), picked.clamp(min=middle))
-    return scaled_to_one(probs[:, picked][:, :, picked])
-
-
-def scaled_to_one(probs: Tensor) -> Tensor:
-    """Rows scaled to sum 1; those that are all zero stay."""
-    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    cut = probs[:, picked][:, :, picked]
+    return cut / cut.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class TemplateSums:
@@ -169,30 +165,18 @@ class Templates:
         return sum(blocks.nbytes for _, _, blocks in self._items())
 
     def get(self, layer: int, length: int) -> AttentionMap | None:
-        """The map that serves ``length`` tokens in ``layer``; None if none is long enough.
-
-        A causal one without a window is widened in the middle for texts up to an eighth longer: of
-        the longest texts of a corpus there are too few for a mean.
-        """
+        """The map that serves ``length`` tokens in ``layer``; None if none is long enough."""
         lengths = self._lengths.get(layer, [])
-        if not lengths:
-            return None
         at = bisect_left(lengths, length)
-        blocks = self._maps[layer][lengths[min(at, len(lengths) - 1)]]
-        mask = blocks.layout.mask
-        serves = blocks.length if mask.causal else length
         if at == len(lengths):
-            widest = blocks.length + blocks.length // _LENGTHS_PER_BUCKET
-            if not mask.causal or mask.window is not None or length > widest:
-                return None
-            serves = widest
+            return None
+        blocks = self._maps[layer][lengths[at]]
+        serves = blocks.length if blocks.layout.mask.causal else length
         if (layer, serves) not in self._served:
             if serves != blocks.length:
-                held = resize(blocks.to_dense()[_heads(blocks)].float(), serves)
-                # Cut, tokens only come closer to each other, so that a window hides no more; of the
-                # middle token, repeated, the first see the last.
-                held = scaled_to_one(held * mask.visible(serves)) if mask.causal else held
-                blocks = _held(held, blocks.layout, blocks.groups)
+                held = blocks.to_dense()[_heads(blocks)].float()
+                # Tokens only come closer to each other, so that a window hides no more than before.
+                blocks = _held(resize(held, length), blocks.layout, blocks.groups)
             self._served[layer, serves] = self._form(blocks)
         return self._served[layer, serves]
 

@@ -122,7 +122,7 @@ def test_a_row_of_a_causal_template_is_the_mean_of_that_row_of_the_texts_that_re
     # The rows that at least so many texts have.
     length = min(longest, sorted(lengths)[-least])
     assert templates.longest == length
-    assert templates.get(LAYER, length + length // 8 + 1) is None
+    assert templates.get(LAYER, length + 1) is None
     found = dense(templates.get(LAYER, length))
     for row in range(length):
         rows = [
@@ -187,25 +187,6 @@ def test_a_map_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
 
 
 # -- serving -----------------------------------------------------------------------------------
-
-
-def test_a_causal_template_serves_texts_that_are_a_little_longer_widened() -> None:
-    templates = templates_of(CAUSAL, 80, [80, 80])
-    own, wide = dense(templates.get(LAYER, 80)), dense(templates.get(LAYER, 81))
-    assert wide.shape[-1] == 90
-    assert templates.get(LAYER, 90) is templates.get(LAYER, 81)
-    assert templates.get(LAYER, 91) is None
-    visible = CAUSAL.mask.visible(90)
-    assert not wide[:, ~visible].any()
-    torch.testing.assert_close(wide.sum(-1), torch.ones(wide.shape[:2]), atol=0.02, rtol=0)
-    # The first half is as it was, and the last token looks at the first and at itself as before.
-    torch.testing.assert_close(wide[:, :40, :40], own[:, :40, :40], rtol=0.02, atol=1e-6)
-    ratio = wide[:, 89, [0, 89]] / own[:, 79, [0, 79]]
-    torch.testing.assert_close(ratio[:, 0], ratio[:, 1], rtol=0.05, atol=0)
-
-
-def test_a_window_is_not_widened() -> None:
-    assert templates_of(CAUSAL_WINDOW, 80, [80, 80]).get(LAYER, 81) is None
 
 
 @pytest.mark.parametrize("layout", [CAUSAL, CAUSAL_WINDOW], ids=str)
