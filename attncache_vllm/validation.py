@@ -26,7 +26,7 @@ def read_yaml(path: Path) -> Any:
     except OSError as error:
         raise SettingsError(
             f"the settings file must be readable: {error.strerror}, got {str(path)!r}. Relative "
-            "paths are taken from the folder the server was started in."
+            "paths are taken from the folder that the command was started in."
         ) from None
     except UnicodeDecodeError as error:
         raise SettingsError(f"the settings file {str(path)!r} must be UTF-8: {error}") from None

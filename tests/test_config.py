@@ -241,7 +241,7 @@ def test_a_missing_yaml_file_is_refused_with_the_folder_it_is_looked_for_in(tmp_
     message = refusal(str(path))
     assert "must be readable: No such file" in message
     assert repr(str(path)) in message
-    assert "folder the server was started in" in message
+    assert "folder that the command was started in" in message
 
 
 @pytest.mark.parametrize(

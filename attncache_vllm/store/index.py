@@ -96,6 +96,8 @@ class FeatureIndex:
         self._features = np.ascontiguousarray(features[self._ids], dtype=np.float32)
         self._inverted = build_index(self._features, chosen_factory(factory, len(features)))
         self._alive: NDArray[np.bool_] = np.ones(len(of_entry), dtype=np.bool_)
+        # The same in bits, as faiss takes it, once something was forgotten.
+        self._present: NDArray[np.uint8] | None = None
 
     def forget(self, *entry_ids: int) -> None:
         """Never answer with ``entry_ids`` again; an id that is not indexed is ignored."""
@@ -105,6 +107,7 @@ class FeatureIndex:
             alive = self._alive.copy()
             alive[rows] = False
             self._alive = alive
+            self._present = np.packbits(alive, bitorder="little")
             self._features[rows] = _FAR
 
     def search(
@@ -165,14 +168,15 @@ class FeatureIndex:
                 _, found = faiss.knn(queries, self._features[first:last], most)
                 found[found >= 0] += first
             else:
-                # faiss keeps pointers only: these live until it has answered.
-                bits = np.packbits(self._alive, bitorder="little")
-                within = faiss.IDSelectorRange(first, last)
-                present = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
-                both = faiss.IDSelectorAnd(within, present)
+                # faiss keeps pointers only: all of these live until it has answered.
+                within, bits = faiss.IDSelectorRange(first, last), self._present
                 parameters = faiss.SearchParametersIVF()
                 parameters.nprobe = self._inverted.nprobe
-                parameters.sel = within if self._alive[first:last].all() else both
+                parameters.sel = within
+                if bits is not None:
+                    present = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
+                    both = faiss.IDSelectorAnd(within, present)
+                    parameters.sel = both
                 _, found = self._inverted.search(queries, most, params=parameters)
         return [rows[rows >= 0] for rows in found]
 
