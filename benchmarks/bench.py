@@ -36,7 +36,8 @@ from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import news
 from benchmarks.engines import Engine, Prompts, Reply, engine
-from benchmarks.server import MEAN_EMBEDDINGS, group
+from benchmarks.recording import build_store
+from benchmarks.server import MEAN_EMBEDDINGS
 
 LENGTHS = (128, 512, 2048)
 FULL_LENGTHS = (128, 512, 1024, 2048, 4096)
@@ -86,7 +87,7 @@ def run(lengths: Sequence[int], rounds: int | None, seconds: float, folder: Path
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     texts = {length: texts_of(model, length) for length in lengths}
-    build_store(model, texts, folder)
+    build(model, texts, folder)
     measured = {}
     with ExitStack() as stack:
         engines = {
@@ -232,25 +233,10 @@ def texts_of(model: Path, length: int) -> Texts:
     return Texts(found[:wanted], found[wanted:])
 
 
-def build_store(model: Path, texts: dict[int, Texts], folder: Path) -> None:
+def build(model: Path, texts: dict[int, Texts], folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [tokenizer.decode(ids) for part in texts.values() for ids in part.stored]
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    command = [
-        *(sys.executable, "-m", "attncache_vllm", "build", str(model), "--layers", "2-29"),
-        *("--corpus", str(corpus), "--store", str(folder / "store")),
-        *("--max-tokens", str(max(texts)), *MEAN_EMBEDDINGS),
-    ]
-    console.print(
-        f"[bold]attncache build[/] {len(rows)} texts of {', '.join(map(str, texts))} tokens"
-    )
-    with (
-        (folder / "build.log").open("w") as log,
-        group(command, stdout=log, stderr=log) as process,
-    ):
-        if process.wait() != 0:
-            raise RuntimeError(f"attncache build failed; see {log.name}")
+    build_store(model, rows, folder, max(texts), "--layers", "2-29", *MEAN_EMBEDDINGS)
 
 
 def bench_settings(store: Path) -> dict[str, Any]:
@@ -267,7 +253,7 @@ def bench_settings(store: Path) -> dict[str, Any]:
 
 
 def own_maps_plan(store: Path) -> Path:
-    """Every layer but the first from the nearest entry, which is the text's own."""
+    """Every layer but the first two from the nearest entry, which is the text's own."""
     manifest = Manifest.read(store)
     namespace = manifest.namespace
     layers = range(FIRST_REUSED, namespace.num_layers)

@@ -34,7 +34,8 @@ from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import near_duplicates, news
 from benchmarks.ray_nodes import ray_nodes
-from benchmarks.server import MODEL_NAME, group, serve
+from benchmarks.recording import build_store
+from benchmarks.server import MODEL_NAME, serve
 
 MIB = 1024 * 1024
 MAX_TOKENS = 256
@@ -83,7 +84,9 @@ def run(entries: int, requests: int, home: str, folder: Path) -> None:
         for text in near_duplicates(stored[number * per_share :][:per_share], share, seed=number)
     ]
     texts = [text for pair in zip(unseen, edited, strict=False) for text in pair]
-    store = build_store(model, stored, folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    store = build_store(model, stored, folder, MAX_TOKENS)
     with served_from(store, home, folder) as address:
         answered, bypasses = ask_both(model, address, texts, folder)
     report = {"store": home, **summarise(model, store, answered, bypasses)}
@@ -91,23 +94,6 @@ def run(entries: int, requests: int, home: str, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     show(report)
     console.print(f"written to {folder / 'report.json'}")
-
-
-def build_store(model: Path, texts: list[str], folder: Path) -> Path:
-    """Record the maps of ``texts`` with the command a user would call."""
-    store, corpus = folder / "store", folder / "corpus.jsonl"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = [
-        *(sys.executable, "-m", "attncache_vllm", "build", str(model)),
-        *("--corpus", str(corpus), "--store", str(store), "--max-tokens", str(MAX_TOKENS)),
-    ]
-    console.print(f"[bold]attncache build[/] {model.name}, {len(texts)} texts")
-    with (folder / "build.log").open("w") as log, group(command, stderr=log) as process:
-        if process.wait() != 0:
-            raise SystemExit(f"attncache build failed; see {log.name}")
-    return store
 
 
 @contextmanager

@@ -43,7 +43,8 @@ from benchmarks.assets import ensure
 from benchmarks.bench import own_maps_plan
 from benchmarks.corpus import news
 from benchmarks.ray_nodes import RayNodes, eventually, ray_nodes
-from benchmarks.server import MEAN_EMBEDDINGS, MODEL_NAME, Server, group, serve
+from benchmarks.recording import build_store
+from benchmarks.server import MEAN_EMBEDDINGS, MODEL_NAME, Server, serve
 
 SHARDS = 4
 SALTS = ("tenant one", "tenant two")
@@ -98,7 +99,8 @@ def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
         salt: articles[number * TEXTS : (number + 1) * TEXTS]
         for number, salt in enumerate((*SALTS, None))
     }
-    store = build(model, [text for salt in SALTS for text in texts[salt]], folder)
+    stored = [text for salt in SALTS for text in texts[salt]]
+    store = build_store(model, stored, folder, TOKENS, "--layers", "2-29", *MEAN_EMBEDDINGS)
     exact = exact_answers(model, articles, folder)
     with ExitStack() as stack:
         console.print("[bold]Ray[/]: two nodes, four shards")
@@ -136,25 +138,6 @@ def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
     report = summarise(traffic.rounds, killed, stalls, lost)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
-
-
-def build(model: Path, texts: Sequence[str], folder: Path) -> Path:
-    """The maps of ``texts``, recorded by the command a user would call."""
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    console.print(f"[bold]attncache build[/], {len(texts)} texts")
-    command = [
-        *(sys.executable, "-m", "attncache_vllm", "build", str(model), "--layers", "2-29"),
-        *("--corpus", str(corpus), "--store", str(folder / "store")),
-        *("--max-tokens", str(TOKENS), *MEAN_EMBEDDINGS),
-    ]
-    with (
-        (folder / "build.log").open("w") as log,
-        group(command, stdout=log, stderr=log) as process,
-    ):
-        if process.wait() != 0:
-            raise RuntimeError(f"attncache build failed; see {log.name}")
-    return folder / "store"
 
 
 def exact_answers(model: Path, texts: Sequence[str], folder: Path) -> dict[str, np.ndarray]:
