@@ -58,14 +58,22 @@ def resize(probs: Tensor, length: int) -> Tensor:
     old = probs.shape[-1]
     if length == old:
         return probs
-    position = torch.arange(length)
-    half = (length + 1) // 2
-    picked = torch.where(position < half, position, old - length + position)
+    picked = _places(old, length)
+    return _scaled_to_one(probs[:, picked][:, :, picked])
+
+
+def _places(old: int, new: int) -> Tensor:
+    """Where each of ``new`` tokens is among ``old`` ones that are cut or widened in the middle."""
+    position = torch.arange(new)
+    half = (new + 1) // 2
+    picked = torch.where(position < half, position, old - new + position)
     # Only a wider map needs the bounds: there both halves run into the middle token.
     middle = old // 2
-    picked = torch.where(position < half, picked.clamp(max=middle), picked.clamp(min=middle))
-    cut = probs[:, picked][:, :, picked]
-    return cut / cut.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.where(position < half, picked.clamp(max=middle), picked.clamp(min=middle))
+
+
+def _scaled_to_one(probs: Tensor) -> Tensor:
+    return probs / probs.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class TemplateSums:
@@ -110,7 +118,10 @@ class TemplateSums:
         self._counts[layer][bucket][:length] += 1
 
     def means(self, min_texts: int = MIN_TEXTS) -> Templates:
-        """The mean maps; rows and buckets that fewer than ``min_texts`` texts reached are left out.
+        """The mean maps of the rows and buckets that at least ``min_texts`` texts reached.
+
+        The longest texts of a corpus are few: rows of a causal layer that some texts reached, but
+        not enough, continue the mean for up to an eighth of its length (`_continued`).
 
         Raises:
             ValueError: nothing is left of a layer.
@@ -123,7 +134,9 @@ class TemplateSums:
                 length = int((counts >= min_texts).sum())  # counts never grow along the rows
                 if length:
                     mean = total[:, :length, :length] / counts[:length, None]
-                    means[length] = _decoded(mean, layout)
+                    longest = length + length // _LENGTHS_PER_BUCKET
+                    mean = _continued(mean, min(longest, int((counts > 0).sum())), layout)
+                    means[mean.shape[-1]] = _decoded(mean, layout)
             if not means:
                 raise ValueError(
                     f"a template of layer {layer} needs at least {min_texts} texts of similar "
@@ -250,6 +263,21 @@ class Templates:
         for layer, of_layer in self._maps.items():
             for length, blocks in of_layer.items():
                 yield layer, length, blocks
+
+
+def _continued(probs: Tensor, length: int, layout: MapLayout) -> Tensor:
+    """A causal map ``[H, N, N]`` with rows up to ``length``, ``[H, length, length]``.
+
+    Each further row is the last one, widened in the middle: it keeps its distance to the beginning
+    and to the token itself.
+    """
+    old = probs.shape[-1]
+    whole = probs.new_zeros(probs.shape[0], length, length)
+    whole[:, :old, :old] = probs
+    for row in range(old, length):
+        whole[:, row, : row + 1] = probs[:, -1, _places(old, row + 1)]
+    whole[:, old:] = _scaled_to_one(whole[:, old:] * layout.mask.visible(length)[old:])
+    return whole
 
 
 def _layout_of(layout: MapLayout, groups: int) -> MapLayout:

@@ -119,10 +119,10 @@ def test_a_row_of_a_causal_template_is_the_mean_of_that_row_of_the_texts_that_re
 ) -> None:
     longest = 20
     templates = templates_of(layout, longest, lengths, least)
-    # The rows that at least so many texts have.
+    # The rows that at least so many texts have, and a few of those that some have.
     length = min(longest, sorted(lengths)[-least])
-    assert templates.longest == length
-    assert templates.get(LAYER, length + 1) is None
+    assert templates.longest == min(longest, max(lengths), length + length // 8)
+    assert templates.get(LAYER, templates.longest + 1) is None
     found = dense(templates.get(LAYER, length))
     for row in range(length):
         rows = [
@@ -132,6 +132,26 @@ def test_a_row_of_a_causal_template_is_the_mean_of_that_row_of_the_texts_that_re
         ]
         mean = torch.stack(rows).mean(0)
         torch.testing.assert_close(found[:, row, : row + 1], mean, rtol=ROUNDING, atol=0)
+
+
+@pytest.mark.parametrize("layout", [CAUSAL, CAUSAL_WINDOW], ids=str)
+@pytest.mark.parametrize(("reached", "longest"), [(83, 83), (90, 90), (91, 90), (200, 90)])
+def test_rows_that_few_texts_reach_continue_the_mean_for_an_eighth_of_it(
+    layout: MapLayout, reached: int, longest: int
+) -> None:
+    enough = templates_of(layout, 200, [80, 80], least=2)
+    templates = templates_of(layout, 200, [80, 80, reached], least=2)
+    assert (enough.longest, templates.longest) == (80, longest)
+    found = dense(templates.get(LAYER, longest))
+    assert not found[:, ~visible(layout.mask, longest)].any()
+    torch.testing.assert_close(found.sum(-1), torch.ones(4, longest), rtol=0.01, atol=0)
+    last = found[:, 79]
+    for row in range(80, longest):
+        ends = found[:, row, [0, row - 1, row]]
+        expected = last[:, [0, 78, 79]]
+        torch.testing.assert_close(
+            ends / ends[:, -1:], expected / expected[:, -1:], rtol=0.03, atol=1e-6
+        )
 
 
 @settings(deadline=None, max_examples=25)
