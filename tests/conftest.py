@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Workers of pytest-xdist have one, and rich keeps the width it was imported with.
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
