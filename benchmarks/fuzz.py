@@ -75,7 +75,7 @@ def targets() -> dict[str, Target]:
     edition = msgpack.unpackb(_sample_edition().to_bytes())
     requests = tuple(map(messages.request_body, _sample_requests()))
     news = messages.news_body(
-        messages.News({"entries": 1, "bytes": 2, "damaged": 0}, 0, {1: "?"}, 0)
+        messages.News({"entries": 1, "bytes": 2, "damaged": 0}, 0, {1: "?"}, {"late": 1})
     )
     found = np.zeros((2, 3), np.int64), np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int64)
     ids = messages.token_ids_body([np.arange(5, dtype=np.int32), None])

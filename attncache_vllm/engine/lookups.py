@@ -32,7 +32,7 @@ from attncache_vllm.reuse.match import (
 from attncache_vllm.reuse.plan import Plan, Source
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.reuse.tiles import TiledMap
-from attncache_vllm.store.protocol import MapStore, Record
+from attncache_vllm.store.protocol import Record, ServedStore
 from attncache_vllm.store.records import MAX_LENGTH
 from attncache_vllm.store.resident import ResidentSet
 
@@ -63,7 +63,7 @@ class Lookups:
 
     def __init__(
         self,
-        store: MapStore,
+        store: ServedStore,
         projector: Projector,
         plan: Plan,
         settings: Settings,
@@ -96,6 +96,7 @@ class Lookups:
         )
         _keep_to_one_thread(self._thread)
         self._running: Future[list[Hit | None]] | None = None
+        self._health = metrics.Health()
 
     @property
     def uses_features(self) -> bool:
@@ -133,6 +134,7 @@ class Lookups:
             raise
         finally:
             metrics.LOOKUP_SECONDS.observe(time.monotonic() - started)
+            self._health.publish(self._store.health())
 
     def _find(
         self, sequences: list[Sequence], pooled: torch.Tensor | None, deadline: float

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from attncache_vllm.store.protocol import StoreHealth
+
 SEQUENCES = Counter(
     "attncache_sequences",
     "Sequences prefilled, by outcome: hit, miss or bypass.",
@@ -23,6 +25,17 @@ SEQUENCES = Counter(
 BYPASSES = Counter("attncache_bypasses", "Sequences not eligible for reuse, by reason.", ["reason"])
 MISSES = Counter("attncache_misses", "Sequences looked up in vain, by reason.", ["reason"])
 STORE_FAULTS = Counter("attncache_store_faults", "Faults of the map store, by kind.", ["kind"])
+SHARD_FAULTS = Counter(
+    "attncache_shard_faults",
+    "What went wrong between the server and the shards of its store, by kind. A lookup may be "
+    "answered all the same, by the other shards.",
+    ["kind"],
+)
+SHARDS_OUT = Gauge(
+    "attncache_shards_out",
+    "Shards that are not asked until they answer again.",
+    multiprocess_mode="mostrecent",
+)
 HITS = Counter("attncache_hits", "Sequences served from maps, by source.", ["source"])
 CANARIES = Counter(
     "attncache_canaries", "Hits that were computed exactly and compared, by source.", ["source"]
@@ -70,6 +83,20 @@ WAIT_SECONDS = Histogram(
     "Time the forward pass stood waiting for a lookup at the first reused layer, in seconds.",
     buckets=(0.0001, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
 )
+
+
+class Health:
+    """Carries the tally of a store, which knows no metrics, to Prometheus."""
+
+    def __init__(self) -> None:
+        self._published: Tally[str] = Tally()
+
+    def publish(self, health: StoreHealth) -> None:
+        """Count what was added since the last call."""
+        for kind, count in (Tally(health.faults) - self._published).items():
+            SHARD_FAULTS.labels(kind).inc(count)
+            self._published[kind] += count
+        SHARDS_OUT.set(health.out)
 
 
 @dataclass

@@ -2,7 +2,7 @@
 """What the engine and the calibration ask of a store, whatever its home."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Protocol
 
@@ -129,6 +129,18 @@ class StoreStats:
 
 
 @dataclass(frozen=True)
+class StoreHealth:
+    """What keeps a store from answering in full.
+
+    ``faults`` counts, by kind, what went wrong since it was opened and never goes back; ``out`` is
+    how many of its shards are not asked at present.
+    """
+
+    faults: Mapping[str, int]
+    out: int
+
+
+@dataclass(frozen=True)
 class VerifyReport:
     """What ``verify`` found: entries looked at, (entry id, reason) of bad ones, other problems.
 
@@ -237,3 +249,7 @@ class ServedStore(MapStore, Protocol):
     def rearmed_at(self) -> int:
         """When servers were last told to try tripped layers again, in any unit; 0 if never, or if
         nobody can tell. Asked in the forward pass: answers at once, from what is known."""
+
+    def health(self) -> StoreHealth:
+        """What is wrong between this process and the store, beyond what calls raise. Asked after
+        every lookup: answers at once, from what is known."""

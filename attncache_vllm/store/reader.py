@@ -20,6 +20,7 @@ from attncache_vllm.store.protocol import (
     Neighbour,
     Overlap,
     Record,
+    StoreHealth,
     StoreStats,
     VerifyReport,
 )
@@ -151,6 +152,10 @@ class StoreReader:
     def rearmed_at(self) -> int:
         """When ``attncache rearm`` was last called for the folder, in nanoseconds; 0 if never."""
         return rearmed_at(self._folder)
+
+    def health(self) -> StoreHealth:
+        """See ``ServedStore``: a folder has no shards, and its faults are raised."""
+        return StoreHealth({}, 0)
 
     def has(self, token_hash: bytes) -> bool:
         """Whether the sequence was put, committed or not."""

@@ -30,7 +30,15 @@ from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, nearest
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.reuse.tiles import encode_tiles
-from attncache_vllm.store import MAX_LENGTH, Neighbour, Overlap, Record, StoreStats, token_hash
+from attncache_vllm.store import (
+    MAX_LENGTH,
+    Neighbour,
+    Overlap,
+    Record,
+    StoreHealth,
+    StoreStats,
+    token_hash,
+)
 from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
@@ -112,6 +120,7 @@ class FakeStore:
         self.fail: dict[str, Exception] = {}
         self.may_answer = threading.Event()
         self.may_answer.set()
+        self.troubles = StoreHealth({}, 0)
 
     def lookup(
         self,
@@ -171,6 +180,9 @@ class FakeStore:
 
     def put(self, record: Record) -> int:
         raise AssertionError("serving does not write")
+
+    def health(self) -> StoreHealth:
+        return self.troubles
 
     def stats(self) -> StoreStats:
         raise AssertionError("not asked for by lookups")
@@ -865,6 +877,22 @@ def test_a_fault_reaches_the_step_is_counted_and_ends_with_its_cause(
     store.fail.clear()
     assert_maps_of(look_up(lookups, asked)[0], 1)
     lookups._thread.shutdown()
+
+
+def test_what_is_wrong_with_shards_is_published_after_every_lookup(
+    store: FakeStore, lookups: Lookups
+) -> None:
+    def late() -> float:
+        return counted("attncache_shard_faults_total", kind="late")
+
+    before, store.answers = late(), [near(1)]
+    store.troubles = StoreHealth({"late": 2}, 1)
+    look_up(lookups, [20])
+    assert (late() - before, counted("attncache_shards_out")) == (2, 1)
+    store.fail["lookup"] = StoreError("none is left")
+    store.troubles = StoreHealth({"late": 3}, 2)
+    assert begin(lookups, [20]).exception(timeout=60)
+    assert (late() - before, counted("attncache_shards_out")) == (3, 2)
 
 
 def test_answers_that_do_not_fit_the_batch_are_a_fault(store: FakeStore, lookups: Lookups) -> None:

@@ -6,6 +6,7 @@ from batches import counted
 
 from attncache_vllm.engine import metrics
 from attncache_vllm.engine.metrics import Outcomes
+from attncache_vllm.store import StoreHealth
 
 
 @pytest.fixture
@@ -48,6 +49,18 @@ def test_nothing_is_logged_before_something_happened(clock: list[float]) -> None
     assert outcomes.log_line() is None
     outcomes.hit("neighbour")
     assert outcomes.log_line() == "1 hit, 0 miss, 0 bypass (hit: neighbour 1)"
+
+
+def test_what_a_store_tallies_is_counted_once() -> None:
+    name, late = "attncache_shard_faults_total", {"kind": "late"}
+    before = counted(name, **late)
+    health = metrics.Health()
+    health.publish(StoreHealth({"late": 2, "full": 0}, 1))
+    assert counted("attncache_shards_out") == 1
+    health.publish(StoreHealth({"late": 2}, 1))
+    health.publish(StoreHealth({"late": 5}, 0))
+    assert counted(name, **late) - before == 5
+    assert counted("attncache_shards_out") == 0
 
 
 def test_outcomes_sources_and_reasons_reach_prometheus() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from threading import Condition, Thread
 
 from attncache_vllm.store.index import Features
 from attncache_vllm.store.protocol import Record
+
+logger = logging.getLogger(__name__)
 
 # Ids that are remembered, so that a text that comes again and again is not sent again and again.
 _REMEMBERED = 1 << 16
@@ -55,6 +58,7 @@ class Admission:
         self._known: OrderedDict[int, None] = OrderedDict()
         self._changed = Condition()
         self._closed = False
+        self._dropping = False
         self.dropped = 0
         """Entries that found no room or could not be sent."""
         Thread(target=self._empty, name="attncache-admission", daemon=True).start()
@@ -66,7 +70,7 @@ class Admission:
                 self._known.move_to_end(entry.entry_id)
                 return False
             if self._closed or self._bytes + entry.nbytes > self._max_bytes:
-                self.dropped += 1
+                self._drop("they come faster than they are sent")
                 return False
             self._known[entry.entry_id] = None
             if len(self._known) > _REMEMBERED:
@@ -93,9 +97,21 @@ class Admission:
                 self._bytes -= entry.nbytes
             try:
                 self._send(entry)
-            except Exception:
+            except Exception as error:
                 with self._changed:
-                    self.dropped += 1
+                    self._drop(str(error))
                     # So that it is taken when it is offered again.
                     self._known.pop(entry.entry_id, None)
+            else:
+                with self._changed:
+                    if self._dropping and not self._waiting:
+                        self._dropping = False
+                        logger.warning("new entries are no longer dropped")
             self._sleep(entry.nbytes / self._rate)
+
+    def _drop(self, reason: str) -> None:
+        """Count a loss; the first since all that waited was sent is logged."""
+        self.dropped += 1
+        if not self._dropping and not self._closed:
+            self._dropping = True
+            logger.warning("new entries are dropped for now: %s", reason)

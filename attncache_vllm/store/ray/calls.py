@@ -22,6 +22,9 @@ GROUPS = {
 }
 GROUP_OF = {method: group for group, methods in GROUPS.items() for method in methods}
 
+FULL = "refused: the shard is full of what is worth more"
+"""What ``put`` says of an entry for which nothing else was given up."""
+
 
 class Calls(Protocol):
     """Calls of shards by their numbers; ``attncache_vllm.store.ray.actor`` has Ray's."""

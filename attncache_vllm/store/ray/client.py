@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreDamaged, StoreError, StoreTimeout
 from attncache_vllm.store.index import Features, raise_if_late
-from attncache_vllm.store.protocol import Namespace, Neighbour, Overlap, Record, StoreStats
+from attncache_vllm.store.protocol import (
+    Namespace,
+    Neighbour,
+    Overlap,
+    Record,
+    StoreHealth,
+    StoreStats,
+)
 from attncache_vllm.store.ray import messages
 from attncache_vllm.store.ray.admission import Admission, Admitted
 from attncache_vllm.store.ray.channel import close_all, mapped, sealed
@@ -201,10 +208,17 @@ class RayStore:
         news = self._link.connection.news
         return {} if news is None else dict(news.out)
 
-    def dropped(self) -> int:
-        """Admitted entries that were not kept."""
-        news = self._link.connection.news
-        return self._admission.dropped + (0 if news is None else news.refused)
+    def health(self) -> StoreHealth:
+        """See ``ServedStore``; a second old.
+
+        Kinds are those of ``Peers.faults``; ``dropped`` for admitted entries that no shard keeps;
+        and ``gateway`` for every time that the gateway had to be replaced.
+        """
+        faults = self._link.connection.faults()
+        with self._lock:
+            faults["damaged"] += self._damaged
+        faults["dropped"] += self._admission.dropped
+        return StoreHealth(faults, len(self.out()))
 
     def stats(self) -> StoreStats:
         """See ``MapStore``. What the shards hold is some seconds old."""

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -48,8 +49,12 @@ class Answer:
 class Connection:
     """Starts a gateway, and asks it. Safe between threads; over when the gateway has ended."""
 
+    before: Counter[str]
+    """Faults that gateways before this one have told of."""
+
     def __init__(self, address: str) -> None:
         """``address`` is that of the Ray cluster; ``StoreError`` if no process can be started."""
+        self.before = Counter()
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-m", "attncache_vllm.store.ray.gateway"]
         parents = [str(os.getpid()), str(os.getppid())]
@@ -81,6 +86,10 @@ class Connection:
     def over(self) -> str:
         """Why nothing can be asked any more; empty as long as it can."""
         return self._over
+
+    def faults(self) -> Counter[str]:
+        """How often what went wrong, by kind, since the first gateway; see ``News``."""
+        return self.before + Counter({} if self.news is None else self.news.faults)
 
     def ask(self, request: Request, deadline: float) -> Answer:
         """The gateway's answer.

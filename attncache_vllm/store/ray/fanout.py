@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store.index import Features, Ids
+from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.peers import Peers
 from attncache_vllm.store.ray.reading import Bytes
 from attncache_vllm.store.sketches import Sketch
@@ -90,6 +91,8 @@ class Fanout(Peers):
         for shard, answer in self._ask(calls, deadline).items():
             for place, outcome in zip(batches[shard], answer, strict=True):
                 said[place].append(outcome)
+                if outcome.startswith("refused"):
+                    self._count("full" if outcome == FULL else "refused")
         return said
 
     # -- inside -------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Gateway:
         self._fanout: Fanout | None = None
         self._edition = ""
         self._puts: queue.Queue[tuple[Put, Bytes]] = queue.Queue(maxsize=4 * _PUT_BATCH)
-        self._refused = 0
+        self._dropped = 0
         self._over = threading.Event()
 
     def serve(self) -> None:
@@ -194,7 +194,8 @@ class Gateway:
         with contextlib.suppress(OSError):
             while True:
                 fanout = self._fanout
-                news = News(fanout.figures(), fanout.rearmed_at(), fanout.out(), self._refused)
+                faults = {**fanout.faults(), "dropped": self._dropped}
+                news = News(fanout.figures(), fanout.rearmed_at(), fanout.out(), faults)
                 self._channel.send(frame(Kind.NEWS, 0, news_body(news)))
                 time.sleep(_TEND_SECONDS)
 
@@ -205,7 +206,7 @@ class Gateway:
             record = np.frombuffer(mapped(file, MAX_RECORD_BYTES), dtype=np.uint8)
             self._puts.put_nowait((request, record))
         except (ValueError, queue.Full):
-            self._refused += 1
+            self._dropped += 1
 
     def _put(self) -> None:
         assert self._fanout is not None
@@ -224,7 +225,7 @@ class Gateway:
                 except Exception:
                     logger.exception("entries could not be put")
                     said = [[] for _ in entries]
-                self._refused += sum(not {"kept", "known"} & set(each) for each in said)
+                self._dropped += sum(not {"kept", "known"} & set(each) for each in said)
 
 
 def _current(listed: list[dict[str, Any]], namespace: Namespace | None) -> str:

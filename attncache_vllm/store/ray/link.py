@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from dataclasses import replace
 from threading import Event, Thread
 
 from attncache_vllm.errors import StoreError
@@ -67,7 +69,9 @@ class Link:
                 self._closed.wait(backoff)
                 backoff = min(_LONGEST_BACKOFF, 2 * backoff)
                 continue
-            found.news = found.news or self.connection.news
+            found.before = self.connection.faults() + Counter(gateway=1)
+            if found.news is None and self.connection.news is not None:
+                found.news = replace(self.connection.news, faults={})
             self.connection = found
             logger.warning("the map store is within reach again")
         self.connection.close()

@@ -125,13 +125,14 @@ class News:
         figures: sums over the shards that answered: entries, bytes, damaged.
         rearmed_at: the latest instant servers were told to try tripped layers again; 0 for never.
         out: shards that are not asked at present, each with the reason.
-        refused: entries that were put and could not be kept.
+        faults: how often what went wrong since the gateway started, by kind: see ``Peers.faults``,
+            and ``dropped`` for entries that were put and that no shard keeps.
     """
 
     figures: dict[str, int]
     rearmed_at: int
     out: dict[int, str]
-    refused: int
+    faults: dict[str, int]
 
 
 def frame(kind: Kind, number: int, body: object, files: int = 0) -> bytes:
@@ -271,6 +272,9 @@ def parse_news(body: object) -> News:
     names = ["entries", "bytes", "damaged"]
     figures = checks.fields(given["figures"], names, "figures")
     out = [checks.items(item, 2, "a shard") for item in checks.items(given["out"], None, "out")]
+    faults = given["faults"]
+    if not isinstance(faults, dict):
+        raise ValueError(f"faults must be a mapping, got {faults!r:.100}")
     return News(
         {name: checks.integer(figures[name], 0, _MAX_ID, name) for name in names},
         checks.integer(given["rearmed_at"], 0, _MAX_ID, "rearmed_at"),
@@ -278,7 +282,10 @@ def parse_news(body: object) -> News:
             checks.integer(shard, 0, _MAX_ID, "shard"): checks.text(why, "why", longest=1 << 16)
             for shard, why in out
         },
-        checks.integer(given["refused"], 0, _MAX_ID, "refused"),
+        {
+            checks.text(kind, "a fault"): checks.integer(count, 0, _MAX_ID, "faults")
+            for kind, count in faults.items()
+        },
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from attncache_vllm.errors import StoreError, StoreTimeout
@@ -57,6 +59,8 @@ class Peers:
         self._breakers: dict[int, Breaker] = {}
         self._reasons: dict[int, str] = {}
         self._described: dict[int, Description] = {}
+        self._faults: Counter[str] = Counter()
+        self._counting = Lock()
         self._look_at = 0.0
         self._placement = self._first_placement()
 
@@ -75,6 +79,17 @@ class Peers:
     def why(self, shard: int) -> str:
         """What was wrong with a shard last."""
         return self._reasons.get(shard, "it does not answer")
+
+    def faults(self) -> dict[str, int]:
+        """How often what went wrong since the start, by kind.
+
+        Of calls: ``late`` (no answer in time), ``dead`` (the shard does not run or cannot be
+        reached), ``version`` (it is of another release) and ``refused`` (it answers that it will
+        not, which for a ``put`` is counted for each entry). Of entries: ``full`` (a shard has no
+        room for it) and ``damaged`` (a shard has found it so; every server counts it).
+        """
+        with self._counting:
+            return dict(+self._faults)
 
     def figures(self) -> dict[str, int]:
         """Entries, bytes and damaged of all shards, as they were when last asked."""
@@ -178,7 +193,12 @@ class Peers:
             try:
                 described[shard] = _description_of(shard, answer)
             except ValueError as error:
-                self._failed(shard, error)
+                self._failed(shard, error, "version")
+        for shard, now in described.items():
+            before = self._described.get(shard, now).stats["damaged"]
+            # A shard that was restarted counts anew.
+            found = now.stats["damaged"]
+            self._count("damaged", found - before if found >= before else found)
         self._described |= described
         return described
 
@@ -198,15 +218,21 @@ class Peers:
             answer = gathered.get(shard, StoreTimeout("it does not answer in time"))
             if isinstance(answer, StoreError) and not isinstance(answer, StoreTimeout):
                 self._reasons[shard] = str(answer)
+                self._count("refused")
             elif isinstance(answer, Exception):
-                self._failed(shard, answer)
+                self._failed(shard, answer, "late" if shard not in gathered else "dead")
             else:
                 answers[shard] = answer
                 if not probing:
                     self._breakers[shard].succeeded()
         return answers
 
-    def _failed(self, shard: int, error: Exception) -> None:
+    def _count(self, fault: str, times: int = 1) -> None:
+        with self._counting:
+            self._faults[fault] += times
+
+    def _failed(self, shard: int, error: Exception, fault: str = "dead") -> None:
+        self._count(fault)
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         self._reasons[shard] = reason
         if self._breakers[shard].failed():

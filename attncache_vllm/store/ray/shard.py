@@ -18,6 +18,7 @@ from attncache_vllm.errors import StoreError
 from attncache_vllm.store import folder as folders
 from attncache_vllm.store import rearm as rearming
 from attncache_vllm.store.index import Features
+from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.edition import Edition
 from attncache_vllm.store.ray.envelope import Envelope, check_maps, check_record, check_tenant
 from attncache_vllm.store.ray.growing import GrowingIndex
@@ -168,7 +169,7 @@ class Shard(ShardReader):
                     if isinstance(answer, str)
                     else "kept"
                     if answer.entry_id in here
-                    else "refused: the shard is full of what is worth more"
+                    else FULL
                     for answer in answers
                 ]
                 self._counts["refused"] += sum(answer.startswith("refused") for answer in told)

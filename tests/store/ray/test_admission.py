@@ -99,6 +99,19 @@ def test_what_cannot_be_sent_is_counted_and_may_come_again(
     eventually(lambda: sender.sent == [1])
 
 
+def test_dropping_is_logged_when_it_begins_and_when_it_ends(
+    sender: Sender, admission: Admission, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = [admission.offer(entry(number)) for number in range(10)]
+    assert admission.dropped > 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "new entries are dropped for now: they come faster than they are sent"
+    ]
+    sender.let.set()
+    eventually(lambda: len(sender.slept) == sum(taken))
+    assert [r.getMessage() for r in caplog.records][1:] == ["new entries are no longer dropped"]
+
+
 def test_nothing_is_taken_after_the_end(sender: Sender, admission: Admission) -> None:
     admission.close()
     assert not admission.offer(entry(1))

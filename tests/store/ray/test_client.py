@@ -150,14 +150,15 @@ def test_an_admitted_entry_is_found_by_its_tenant_only(store: RayStore) -> None:
     assert record is not None
     assert_same(record, make_record(50))
     assert own not in nearest(store)
-    assert store.dropped() == 0
+    assert store.health().faults["dropped"] == 0
 
 
 def test_an_entry_that_no_shard_takes_is_counted(store: RayStore) -> None:
     assert store.put(make_record(51), feature=make_features(1)[0, :3]) == entry_id(
         "", make_record(51).token_hash
     )
-    eventually(lambda: store.dropped() == 1)
+    eventually(lambda: store.health().faults["dropped"] == 1)
+    assert store.health().faults["refused"] == 1
     with pytest.raises(StoreError, match="must have its feature"):
         store.put(make_record(51))
 
@@ -176,7 +177,7 @@ def test_a_damaged_record_is_a_miss_and_counted(store: RayStore, calls: FakeCall
     for shard in calls.shards.values():
         shard.load = lambda edition, ids: [record for _ in ids]
     assert store.load([IDS[0]], deadline=soon()) == [None]
-    assert store.stats().damaged == 1
+    assert store.stats().damaged == store.health().faults["damaged"] == 1
 
 
 def test_hung_shards_are_a_timeout_in_time(store: RayStore, calls: FakeCalls) -> None:
@@ -192,6 +193,24 @@ def test_one_hung_shard_leaves_the_other_in_time(store: RayStore, calls: FakeCal
     calls.hung = {0}
     found = nearest(store, seconds=0.3)
     assert sum(entry in IDS for entry in found) > 0
+
+
+def test_what_is_wrong_with_shards_is_told_and_outlives_a_gateway(
+    store: RayStore, calls: FakeCalls, gateways: list[GatewayThread]
+) -> None:
+    assert store.health().out == 0
+    calls.hung = {0}
+    for _ in range(3):
+        nearest(store, seconds=0.1)
+    eventually(lambda: store.health().out == 1)
+    late = store.health().faults["late"]
+    assert late >= 3
+    calls.hung = set()
+    gateways[0].kill()
+    eventually(lambda: len(gateways) == 2 and not store._link.connection.over)
+    assert store.health().faults["late"] >= late
+    assert store.health().faults["gateway"] == 1
+    eventually(lambda: store.health().out == 0)
 
 
 def test_a_deadline_that_has_passed_is_not_sent(store: RayStore, calls: FakeCalls) -> None:

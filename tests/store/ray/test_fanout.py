@@ -17,9 +17,11 @@ from store_samples import ANY_LENGTH, make_features, make_record, make_sketch
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store import LocalStore
 from attncache_vllm.store.ray.breaker import Breaker
+from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.fanout import Fanout, merge
 from attncache_vllm.store.ray.moving import move
 from attncache_vllm.store.ray.placement import Placement
+from attncache_vllm.store.ray.shard import Limits
 from attncache_vllm.store.ray.transfer import load, save
 
 ENTRIES = 12
@@ -199,6 +201,44 @@ def test_a_refusal_is_passed_on_and_opens_no_breaker(single: Store) -> None:
                 single.edition, [""], make_features(1)[:, :3], LENGTHS, 5, single.clock() + 5
             )
     assert single.fanout.out() == {}
+
+
+def test_faults_are_counted_by_their_kind(single: Store) -> None:
+    assert single.fanout.faults() == {}
+    single.calls.hung = {0}
+    single.found(seconds=0.01)
+    single.calls.hung, single.calls.dead = set(), {1}
+    single.found()
+    single.calls.dead = set()
+    single.calls.protocols[2] = 99
+    single.clock.ahead += 6
+    single.fanout.tend()
+    del single.calls.protocols[2]
+    bad = [(*make_entries(1)[0][:1], np.zeros(3, np.float32), *make_entries(1)[0][2:])]
+    single.fanout.put(single.edition, "ab", bad, single.clock() + 5)
+    faults = single.fanout.faults()
+    assert faults == {"late": 1, "dead": 1, "version": 1, "refused": 1}
+
+
+def test_entries_that_a_full_shard_refuses_are_counted(single: Store) -> None:
+    for shard in single.calls.shards.values():
+        shard._kept._limits = Limits(max_bytes=1 << 20, tenant_bytes=1)
+    [said] = single.fanout.put(single.edition, "ab", make_entries(1), single.clock() + 5)
+    assert said == [FULL]
+    assert single.fanout.faults()["full"] == 1
+
+
+def test_what_shards_find_damaged_is_counted_from_now_on(single: Store) -> None:
+    counts = {shard: 7 for shard in single.calls.shards}
+    for number, shard in single.calls.shards.items():
+        stats = shard.stats()
+        shard.stats = lambda number=number, stats=stats: stats | {"damaged": counts[number]}
+    fanout = Fanout(single.calls, clock=single.clock)
+    for count, expected in ((7, 0), (9, 2), (1, 3)):  # the last one was restarted
+        counts[0] = count
+        single.clock.ahead += 6
+        fanout.tend()
+        assert fanout.faults().get("damaged", 0) == expected
 
 
 def test_a_shard_of_another_release_is_left_out(tmp_path: Path) -> None:

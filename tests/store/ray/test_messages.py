@@ -31,7 +31,9 @@ REQUESTS = [
     messages.Load([7], 12.5),
     messages.Put("ab", 7, FEATURES[0]),
 ]
-NEWS = messages.News({"entries": 3, "bytes": 4, "damaged": 0}, 1 << 60, {2: "it hangs"}, 1)
+NEWS = messages.News(
+    {"entries": 3, "bytes": 4, "damaged": 0}, 1 << 60, {2: "it hangs"}, {"late": 3}
+)
 
 
 def plain(value: Any) -> Any:
