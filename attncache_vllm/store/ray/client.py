@@ -122,14 +122,7 @@ class RayStore:
         )
         with self._lock:
             self._lookups += 1
-        found = self._ask(
-            request,
-            lambda answer: messages.parse_found(answer.body, len(tenants), neighbours, np.float32),
-        )
-        return [
-            [Neighbour(i, distance, length) for i, distance, length in row if i >= 0]
-            for row in _rows(found)
-        ]
+        return [[Neighbour(*found) for found in row] for row in self._search(request, np.float32)]
 
     def overlaps(
         self,
@@ -145,14 +138,7 @@ class RayStore:
                 f"there must be a tenant for each sketch, got {len(tenants)} and {len(sketches)}"
             )
         request = messages.Overlaps(list(tenants), list(sketches), neighbours, _finite(deadline))
-        found = self._ask(
-            request,
-            lambda answer: messages.parse_found(answer.body, len(tenants), neighbours, np.int64),
-        )
-        return [
-            [Overlap(i, common, length) for i, common, length in row if i >= 0]
-            for row in _rows(found)
-        ]
+        return [[Overlap(*found) for found in row] for row in self._search(request, np.int64)]
 
     def token_ids(
         self, entry_ids: Sequence[int], *, deadline: float
@@ -240,6 +226,19 @@ class RayStore:
 
     # -- inside -------------------------------------------------------------------------------
 
+    def _search(
+        self,
+        request: messages.Lookup | messages.Overlaps,
+        kind: type[np.float32] | type[np.int64],
+    ) -> list[list[tuple[Any, ...]]]:
+        """Id, value of ``kind`` and length of all that each query found."""
+        queries, most = len(request.tenants), request.neighbours
+        found = self._ask(
+            request, lambda answer: messages.parse_found(answer.body, queries, most, kind)
+        )
+        rows = zip(*(part.tolist() for part in found), strict=True)
+        return [[one for one in zip(*row, strict=True) if one[0] >= 0] for row in rows]
+
     def _ask(self, request: Any, parse: Callable[[Answer], T]) -> T:
         try:
             raise_if_late(request.deadline)
@@ -296,8 +295,3 @@ def _cluster_of(address: str) -> str:
             f"got {address!r}"
         )
     return f"ray://{host}:{port}" if rest.startswith("/") else rest
-
-
-def _rows(found: tuple[NDArray[Any], ...]) -> list[list[tuple[Any, ...]]]:
-    lists = [part.tolist() for part in found]
-    return [list(zip(*row, strict=True)) for row in zip(*lists, strict=True)]

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store.index import Features, Ids
+from attncache_vllm.store.ray.arrays import Found
 from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.peers import Peers
 from attncache_vllm.store.ray.reading import Bytes
 from attncache_vllm.store.sketches import Sketch
-
-Found = tuple[Ids, NDArray[Any], Ids]
 
 
 class Fanout(Peers):
@@ -141,7 +140,7 @@ def merge(
     most first for what sketches have in common (int64), and by id where these are equal.
 
     Args:
-        answers: of each shard the ids int64 ``[queries, k]``, -1 for no more; values; lengths.
+        answers: of each shard.
         queries: how many were asked.
         most: how many entries a query wants at most.
     """

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from attncache_vllm.store import checks
 from attncache_vllm.store.index import Features, Ids
 from attncache_vllm.store.protocol import Namespace
-from attncache_vllm.store.ray.arrays import raw, shaped, values_of
+from attncache_vllm.store.ray.arrays import Found, raw, shaped, values_of
 from attncache_vllm.store.records import MAX_LENGTH, MAX_SKETCH
 from attncache_vllm.store.sketches import Sketch
 
@@ -210,14 +210,14 @@ def parse_request(body: object) -> Request:
     return Lookup(tenants, features, lengths, neighbours, deadline)
 
 
-def found_body(found: tuple[Ids, NDArray[Any], Ids]) -> list[bytes]:
+def found_body(found: Found) -> list[bytes]:
     """What ``parse_found`` reads."""
     return [raw(part) for part in found]
 
 
 def parse_found(
     body: object, queries: int, most: int, kind: type[np.float32] | type[np.int64]
-) -> tuple[Ids, NDArray[Any], Ids]:
+) -> Found:
     """Ids, values of ``kind`` and lengths, each ``[queries, most]``; ``ValueError`` if they are
     not."""
     shape = [queries, most]

@@ -16,6 +16,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from attncache_vllm.errors import StoreDamaged, StoreError
 from attncache_vllm.store.index import Features, Ids
+from attncache_vllm.store.ray.arrays import Found
 from attncache_vllm.store.ray.catalogue import Catalogue
 from attncache_vllm.store.ray.envelope import Head
 from attncache_vllm.store.ray.files import EntryFiles
@@ -83,7 +84,7 @@ class ShardReader:
         features: Features,
         lengths: Ids,
         neighbours: int,
-    ) -> tuple[Ids, Features, Ids]:
+    ) -> Found:
         """The nearest entries of B queries, as ``MapStore.lookup`` has it; of an unknown edition
         none.
 
@@ -94,15 +95,11 @@ class ShardReader:
             lengths: int64 ``[B, 2]``, the shortest and the longest entry that will do.
             neighbours: K, how many a query wants at most.
 
-        Returns:
-            Ids int64, L2 distances float32 and lengths int64, each ``[B, K]``; beyond the last
-            answer of a query the id is -1.
-
         Raises:
             StoreError: the arguments do not fit each other or the edition.
         """
         features, lengths = np.asarray(features), np.asarray(lengths)
-        ids, distances, found_lengths = _nothing(len(tenants), neighbours, np.float32)
+        found = _nothing(len(tenants), neighbours, np.float32)
         known = self._catalogue.known.get(edition)
         dim = features.shape[-1] if known is None else known.dim
         if features.shape != (len(tenants), dim) or lengths.shape != (len(tenants), 2):
@@ -116,15 +113,12 @@ class ShardReader:
             bounds = [(int(low), int(high)) for low, high in lengths[rows]]
             answers = index.lookup(features[rows], bounds, neighbours, math.inf)
             for row, answer in zip(rows, answers, strict=True):
-                for place, found in enumerate(answer):
-                    ids[row, place] = found.entry_id
-                    distances[row, place] = found.distance
-                    found_lengths[row, place] = found.length
-        return ids, distances, found_lengths
+                _note(found, row, [(n.entry_id, n.distance, n.length) for n in answer])
+        return found
 
     def overlaps(
         self, edition: str, tenants: Sequence[str], sketches: Sequence[Sketch], neighbours: int
-    ) -> tuple[Ids, Ids, Ids]:
+    ) -> Found:
         """The entries that share most with B sketches, as ``MapStore.overlaps`` has it.
 
         Args:
@@ -133,24 +127,17 @@ class ShardReader:
             sketches: B times uint64 ``[at most 256]``, distinct.
             neighbours: K, how many a query wants at most.
 
-        Returns:
-            Ids, numbers of values in common and lengths, each int64 ``[B, K]``; beyond the last
-            answer of a query the id is -1.
-
         Raises:
             StoreError: an argument is out of range.
         """
         if len(sketches) != len(tenants):
             raise StoreError(f"there must be {len(tenants)} sketches, got {len(sketches)!r}")
-        ids, common, found_lengths = _nothing(len(tenants), neighbours, np.int64)
+        found = _nothing(len(tenants), neighbours, np.int64)
         for index, rows in self._indexes_of(edition, tenants):
             answers = index.overlaps([sketches[row] for row in rows], neighbours, math.inf)
             for row, answer in zip(rows, answers, strict=True):
-                for place, found in enumerate(answer):
-                    ids[row, place] = found.entry_id
-                    common[row, place] = found.common
-                    found_lengths[row, place] = found.length
-        return ids, common, found_lengths
+                _note(found, row, [(o.entry_id, o.common, o.length) for o in answer])
+        return found
 
     def token_ids(self, edition: str, ids: Sequence[int]) -> list[NDArray[np.int32] | None]:
         """Token ids int32 ``[length]`` of entries; None for one that is damaged or gone."""
@@ -281,9 +268,15 @@ class ShardReader:
         return expired
 
 
-def _nothing(queries: int, neighbours: int, dtype: DTypeLike) -> tuple[Ids, NDArray[Any], Ids]:
+def _nothing(queries: int, neighbours: int, dtype: DTypeLike) -> Found:
     """Answers of ``queries`` that found nothing."""
     if not 0 <= neighbours <= MAX_NEIGHBOURS:
         raise StoreError(f"neighbours must be 0 to {MAX_NEIGHBOURS}, got {neighbours!r}")
     shape = queries, neighbours
     return np.full(shape, -1, np.int64), np.zeros(shape, dtype), np.zeros(shape, np.int64)
+
+
+def _note(found: Found, query: int, answer: Sequence[tuple[int, float, int]]) -> None:
+    """Write the ids, values and lengths of an answer into its query's row."""
+    for part, column in zip(found, zip(*answer, strict=True), strict=False):
+        part[query, : len(column)] = column
