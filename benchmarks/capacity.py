@@ -20,9 +20,9 @@ from rich.table import Table
 MB = 1e6
 MIB = 1 << 20
 
-# Of a shard's memory, in bytes. Features are kept twice, by faiss and to decide by; a sketch value
+# Of a shard's memory, in bytes. Features are kept to decide by, and in float16 by faiss; a sketch value
 # as it came, sorted, and with the row it is of. The rest of a row is ids, lengths and ends.
-_FEATURE_VALUE = 2 * 4
+_FEATURE_VALUE = 4 + 2
 _SKETCH_VALUE = 3 * 8
 _ROW = 80
 # Python's objects of an entry: tracemalloc over 20,000 of them, with an age to expire at.

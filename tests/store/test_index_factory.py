@@ -18,9 +18,9 @@ EVERY_LENGTH = (1, 2**31)
     [
         (1, "Flat"),
         (16_384, "Flat"),
-        (16_385, "IVF512,Flat"),
-        (100_000, "IVF1024,Flat"),
-        (1_000_000, "IVF4096,Flat"),
+        (16_385, "IVF512,SQfp16"),
+        (100_000, "IVF1024,SQfp16"),
+        (1_000_000, "IVF4096,SQfp16"),
     ],
 )
 def test_a_store_is_searched_in_parts_only_when_it_is_large(rows: int, factory: str) -> None:
@@ -34,7 +34,7 @@ def features() -> np.ndarray:
 
 
 def inverted(features: np.ndarray, lengths: list[int]) -> FeatureIndex:
-    return FeatureIndex(features, lengths, f"IVF{LISTS},Flat")
+    return FeatureIndex(features, lengths, f"IVF{LISTS},SQfp16")
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "PQ4", "nonsense", "IVF9999,Flat"])
@@ -46,7 +46,7 @@ def test_what_is_no_inverted_file_of_so_many_rows_is_refused(
 
 
 def test_an_inverted_file_finds_what_is_near(features: np.ndarray) -> None:
-    built = build_index(features, f"IVF{LISTS},Flat")
+    built = build_index(features, f"IVF{LISTS},SQfp16")
     assert built is not None and built.nprobe == LISTS // 64
     index = inverted(features, [7] * ROWS)
     queries = features[::16] + np.float32(0.01)
@@ -61,13 +61,13 @@ def test_of_an_inverted_file_only_entries_of_the_right_lengths_are_proposed(
 ) -> None:
     """However much nearer the others are, and though the lists hold few that will do."""
     searched = []
-    search = faiss.IndexIVFFlat.search
+    search = faiss.IndexIVF.search_preassigned_c
 
     def counted(index: faiss.Index, *arguments: object, **options: object) -> object:
         searched.append(arguments)
         return search(index, *arguments, **options)
 
-    monkeypatch.setattr(faiss.IndexIVFFlat, "search", counted)
+    monkeypatch.setattr(faiss.IndexIVF, "search_preassigned_c", counted)
     lengths = [9 if n % 8 == 0 else 7 for n in range(ROWS)]
     index = inverted(features, lengths)
     found = index.search(features[:32], [(9, 9)] * 32, 5, NEVER)
@@ -93,13 +93,13 @@ def test_queries_of_many_lengths_are_asked_in_a_few_groups(
 ) -> None:
     index = FeatureIndex(features, list(range(1, ROWS + 1)), "Flat")
     asked: list[int] = []
-    candidates = FeatureIndex._candidates
+    propose = FeatureIndex._propose
 
-    def counted(self: FeatureIndex, queries: np.ndarray, *span: int) -> list[np.ndarray]:
-        asked.append(len(queries))
-        return candidates(self, queries, *span)
+    def counted(self: FeatureIndex, rows: np.ndarray, group: list[int], *arguments: object) -> None:
+        asked.append(len(group))
+        propose(self, rows, group, *arguments)
 
-    monkeypatch.setattr(FeatureIndex, "_candidates", counted)
+    monkeypatch.setattr(FeatureIndex, "_propose", counted)
     bounds = [(10 + n, 2**31) for n in range(64)]
     found = index.search(features[:64], bounds, 3, NEVER)
     assert asked == [64]

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What searches find, as arrays, and arrays in messages: little-endian bytes, whose size must be
-what the rest of the message says."""
+"""Arrays in messages: little-endian bytes, whose size must be what the rest of the message says."""
 
 from __future__ import annotations
 
@@ -11,12 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from attncache_vllm.store import checks
-from attncache_vllm.store.index import Ids
 from attncache_vllm.store.ray.edition import MAX_DIM
-
-Found = tuple[Ids, NDArray[Any], Ids]
-"""What B queries found, K each: ids int64, distances float32 or numbers of values in common int64,
-and lengths int64, each ``[B, K]``; beyond the last answer of a query the id is -1."""
 
 
 def raw(array: NDArray[Any]) -> bytes:

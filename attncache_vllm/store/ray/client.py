@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreDamaged, StoreError, StoreTimeout
+from attncache_vllm.store.found import Values, answers_of
 from attncache_vllm.store.index import Features, raise_if_late
 from attncache_vllm.store.protocol import (
     Namespace,
@@ -227,17 +228,15 @@ class RayStore:
     # -- inside -------------------------------------------------------------------------------
 
     def _search(
-        self,
-        request: messages.Lookup | messages.Overlaps,
-        kind: type[np.float32] | type[np.int64],
+        self, request: messages.Lookup | messages.Overlaps, kind: Values
     ) -> list[list[tuple[Any, ...]]]:
-        """Id, value of ``kind`` and length of all that each query found."""
+        """Id, value and length of all that each query found."""
         queries, most = len(request.tenants), request.neighbours
-        found = self._ask(
-            request, lambda answer: messages.parse_found(answer.body, queries, most, kind)
+        return answers_of(
+            self._ask(
+                request, lambda answer: messages.parse_found(answer.body, queries, most, kind)
+            )
         )
-        rows = zip(*(part.tolist() for part in found), strict=True)
-        return [[one for one in zip(*row, strict=True) if one[0] >= 0] for row in rows]
 
     def _ask(self, request: Any, parse: Callable[[Answer], T]) -> T:
         try:

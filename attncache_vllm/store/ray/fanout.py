@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreError, StoreTimeout
+from attncache_vllm.store.found import Found, merge
 from attncache_vllm.store.index import Features, Ids
-from attncache_vllm.store.ray.arrays import Found
 from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.peers import Peers
 from attncache_vllm.store.ray.reading import Bytes
@@ -131,30 +131,3 @@ class Fanout(Peers):
             late = self._clock() >= deadline
             left = {} if late else {i: s for i, s in left.items() if i not in found and s}
         return [found.get(entry_id) for entry_id in ids]
-
-
-def merge(
-    answers: Sequence[Found], queries: int, most: int, kind: type[np.float32] | type[np.int64]
-) -> Found:
-    """The best of several shards' answers, each entry once: least first for distances (float32),
-    most first for what sketches have in common (int64), and by id where these are equal.
-
-    Args:
-        answers: of each shard.
-        queries: how many were asked.
-        most: how many entries a query wants at most.
-    """
-    ids = np.full((queries, most), -1, dtype=np.int64)
-    values = np.zeros((queries, most), dtype=kind)
-    lengths = np.zeros((queries, most), dtype=np.int64)
-    every = [np.concatenate(parts, axis=1) for parts in zip(*answers, strict=True)]
-    for query in range(queries):
-        own, value, length = (part[query] for part in every)
-        _, first = np.unique(own, return_index=True)
-        first = first[own[first] >= 0]
-        rank = value[first] if kind is np.float32 else -value[first]
-        best = first[np.lexsort((own[first], rank))[:most]]
-        ids[query, : len(best)] = own[best]
-        values[query, : len(best)] = value[best]
-        lengths[query, : len(best)] = length[best]
-    return ids, values, lengths

@@ -15,8 +15,8 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from attncache_vllm.store.found import Found, found_of, merge
 from attncache_vllm.store.index import FeatureIndex, Features, Ids
-from attncache_vllm.store.protocol import Neighbour, Overlap
 from attncache_vllm.store.sketches import Sketch, SketchIndex, encode_sketches
 
 # Levels with fewer entries are made one: looking into a level costs more than building such a one.
@@ -93,35 +93,24 @@ class GrowingIndex:
         lengths: Sequence[tuple[int, int]],
         neighbours: int,
         deadline: float,
-    ) -> list[list[Neighbour]]:
+    ) -> Found:
         """See ``MapStore.lookup``. Where two are as near, the one with the smaller id is first."""
-        answers: list[list[Neighbour]] = [[] for _ in lengths]
-        for level in self._levels:
-            for answer, found in zip(
-                answers, level.index.search(features, lengths, neighbours, deadline), strict=True
-            ):
-                answer += [
-                    Neighbour(int(level.ids[n.entry_id]), n.distance, n.length) for n in found
-                ]
-        for answer in answers:
-            answer.sort(key=lambda n: (n.distance, n.entry_id))
-            del answer[max(neighbours, 0) :]
-        return answers
+        parts = [
+            level.own(level.index.nearest(features, lengths, neighbours, deadline))
+            for level in self._levels
+        ]
+        return merge(parts, len(lengths), neighbours, np.float32)
 
-    def overlaps(
-        self, sketches: Sequence[Sketch], neighbours: int, deadline: float
-    ) -> list[list[Overlap]]:
+    def overlaps(self, sketches: Sequence[Sketch], neighbours: int, deadline: float) -> Found:
         """See ``MapStore.overlaps``. Of as many in common, the one with the smaller id is first."""
-        answers: list[list[Overlap]] = [[] for _ in sketches]
+        parts = []
         for level in self._levels:
-            for answer, found in zip(
-                answers, level.sketches.search(sketches, neighbours, deadline), strict=True
-            ):
-                answer += [Overlap(int(level.ids[o.entry_id]), o.common, o.length) for o in found]
-        for answer in answers:
-            answer.sort(key=lambda o: (-o.common, o.entry_id))
-            del answer[max(neighbours, 0) :]
-        return answers
+            answers = [
+                [(o.entry_id, o.common, o.length) for o in answer]
+                for answer in level.sketches.search(sketches, neighbours, deadline)
+            ]
+            parts.append(level.own(found_of(answers, neighbours, np.int64)))
+        return merge(parts, len(sketches), neighbours, np.int64)
 
     def _due(self) -> tuple[_Level, ...]:
         """Levels to be built into one: the smaller ones up to the last that is not bigger than
@@ -143,12 +132,11 @@ class _Level:
     def __init__(self, ids: Ids, features: Features, sketches: list[Sketch], lengths: Ids) -> None:
         order = np.argsort(ids)  # of ties the first row wins, which must be the smallest id
         self.ids, self._lengths = ids[order], lengths[order]
-        self._features = np.ascontiguousarray(features[order])
         data = encode_sketches([sketches[row] for row in order.tolist()])
         words = np.frombuffer(data, dtype="<u8")
         self._ends = len(ids) + np.cumsum(words[: len(ids)], dtype=np.int64)
         self._words = words
-        self.index = FeatureIndex(self._features, self._lengths.tolist())
+        self.index = FeatureIndex(features[order], self._lengths.tolist())
         self.sketches = SketchIndex(data, self._lengths.tolist())
         self._findable: NDArray[np.bool_] = np.ones(len(ids), dtype=np.bool_)
         self.alive = len(ids)
@@ -160,13 +148,18 @@ class _Level:
         pairs = list(zip(levels, rows, strict=True))
         return cls(
             np.concatenate([level.ids[at] for level, at in pairs]),
-            np.concatenate([level._features[at] for level, at in pairs]),
+            np.concatenate([level.index.features_of(at) for level, at in pairs]),
             [level._sketch(row) for level, at in pairs for row in at.tolist()],
             np.concatenate([level._lengths[at] for level, at in pairs]),
         )
 
     def _sketch(self, row: int) -> Sketch:
         return self._words[self._ends[row] - self._words[row].astype(np.int64) : self._ends[row]]
+
+    def own(self, found: Found) -> Found:
+        """What was found in rows, with the ids of the entries."""
+        rows, values, lengths = found
+        return np.where(rows < 0, -1, self.ids[rows]), values, lengths
 
     def findable(self) -> Ids:
         return self.ids[self._findable]

@@ -21,9 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from attncache_vllm.store import checks
+from attncache_vllm.store.found import Found, Values
 from attncache_vllm.store.index import Features, Ids
 from attncache_vllm.store.protocol import Namespace
-from attncache_vllm.store.ray.arrays import Found, raw, shaped, values_of
+from attncache_vllm.store.ray.arrays import raw, shaped, values_of
 from attncache_vllm.store.records import MAX_LENGTH, MAX_SKETCH
 from attncache_vllm.store.sketches import Sketch
 
@@ -215,9 +216,7 @@ def found_body(found: Found) -> list[bytes]:
     return [raw(part) for part in found]
 
 
-def parse_found(
-    body: object, queries: int, most: int, kind: type[np.float32] | type[np.int64]
-) -> Found:
+def parse_found(body: object, queries: int, most: int, kind: Values) -> Found:
     """Ids, values of ``kind`` and lengths, each ``[queries, most]``; ``ValueError`` if they are
     not."""
     shape = [queries, most]

@@ -12,11 +12,11 @@ from threading import RLock
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from attncache_vllm.errors import StoreDamaged, StoreError
+from attncache_vllm.store.found import Found, Values, nothing
 from attncache_vllm.store.index import Features, Ids
-from attncache_vllm.store.ray.arrays import Found
 from attncache_vllm.store.ray.catalogue import Catalogue
 from attncache_vllm.store.ray.envelope import Head
 from attncache_vllm.store.ray.files import EntryFiles
@@ -112,8 +112,8 @@ class ShardReader:
         for index, rows in self._indexes_of(edition, tenants):
             bounds = [(int(low), int(high)) for low, high in lengths[rows]]
             answers = index.lookup(features[rows], bounds, neighbours, math.inf)
-            for row, answer in zip(rows, answers, strict=True):
-                _note(found, row, [(n.entry_id, n.distance, n.length) for n in answer])
+            for part, own in zip(found, answers, strict=True):
+                part[rows] = own
         return found
 
     def overlaps(
@@ -135,8 +135,8 @@ class ShardReader:
         found = _nothing(len(tenants), neighbours, np.int64)
         for index, rows in self._indexes_of(edition, tenants):
             answers = index.overlaps([sketches[row] for row in rows], neighbours, math.inf)
-            for row, answer in zip(rows, answers, strict=True):
-                _note(found, row, [(o.entry_id, o.common, o.length) for o in answer])
+            for part, own in zip(found, answers, strict=True):
+                part[rows] = own
         return found
 
     def token_ids(self, edition: str, ids: Sequence[int]) -> list[NDArray[np.int32] | None]:
@@ -268,15 +268,7 @@ class ShardReader:
         return expired
 
 
-def _nothing(queries: int, neighbours: int, dtype: DTypeLike) -> Found:
-    """Answers of ``queries`` that found nothing."""
+def _nothing(queries: int, neighbours: int, kind: Values) -> Found:
     if not 0 <= neighbours <= MAX_NEIGHBOURS:
         raise StoreError(f"neighbours must be 0 to {MAX_NEIGHBOURS}, got {neighbours!r}")
-    shape = queries, neighbours
-    return np.full(shape, -1, np.int64), np.zeros(shape, dtype), np.zeros(shape, np.int64)
-
-
-def _note(found: Found, query: int, answer: Sequence[tuple[int, float, int]]) -> None:
-    """Write the ids, values and lengths of an answer into its query's row."""
-    for part, column in zip(found, zip(*answer, strict=True), strict=False):
-        part[query, : len(column)] = column
+    return nothing(queries, neighbours, kind)

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from shard_samples import FakeCalls, edition_of, make_entries
 from store_samples import ANY_LENGTH, make_features, make_record, make_sketch
 
@@ -18,7 +16,7 @@ from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store import LocalStore
 from attncache_vllm.store.ray.breaker import Breaker
 from attncache_vllm.store.ray.calls import FULL
-from attncache_vllm.store.ray.fanout import Fanout, merge
+from attncache_vllm.store.ray.fanout import Fanout
 from attncache_vllm.store.ray.moving import move
 from attncache_vllm.store.ray.placement import Placement
 from attncache_vllm.store.ray.shard import Limits
@@ -337,30 +335,3 @@ def test_what_is_saved_is_what_was_loaded(store: Store, store_path: Path, tmp_pa
 
 def test_what_is_loaded_again_is_known(store: Store, store_path: Path) -> None:
     assert load(store.fanout, store_path) == {"kept": 0, "known": ENTRIES, "refused": 0}
-
-
-answers = st.lists(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=4, max_size=4),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(answers, st.booleans())
-def test_merging_takes_the_best_of_all_shards_each_once(
-    shards: list[list[tuple[int, int]]], distances: bool
-) -> None:
-    # Of one id all shards say the same.
-    value = {entry_id: number for shard in shards for entry_id, number in shard}
-    kind = np.float32 if distances else np.int64
-    parts = []
-    for shard in shards:
-        ids = np.array([[entry_id for entry_id, _ in shard]])
-        values = np.array([[value[i] for i in ids[0].tolist()]], dtype=kind)
-        parts.append((ids, values, ids + 100))
-    sign = 1 if distances else -1
-    best = sorted(value, key=lambda i: (sign * value[i], i))[:3]
-    ids, values, lengths = merge(parts, 1, 3, kind)
-    assert ids[0].tolist() == best + [-1] * (3 - len(best))
-    assert values[0, : len(best)].tolist() == [value[i] for i in best]
-    assert lengths[0, : len(best)].tolist() == [i + 100 for i in best]

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.errors import StoreTimeout
+from attncache_vllm.store.found import answers_of
 from attncache_vllm.store.index import FeatureIndex
+from attncache_vllm.store.protocol import Neighbour
 from attncache_vllm.store.ray import growing
 from attncache_vllm.store.ray.growing import GrowingIndex
 
@@ -53,6 +55,13 @@ def add(index: GrowingIndex, rows: list[int]) -> None:
     )
 
 
+def look_up(
+    index: GrowingIndex, features: np.ndarray, bounds: list[tuple[int, int]], neighbours: int
+) -> list[list[Neighbour]]:
+    found = answers_of(index.lookup(features, bounds, neighbours, NEVER))
+    return [[Neighbour(*answer) for answer in answers] for answers in found]
+
+
 @pytest.fixture(autouse=True)
 def small_levels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(growing, "_SMALLEST", 2)
@@ -80,9 +89,9 @@ def test_any_sequence_of_changes_answers_as_brute_force(
 
     features = np.array([query for query, _, _ in queries], np.float32).reshape(-1, DIM)
     bounds = [bound for _, bound, _ in queries]
-    nearest = index.lookup(features, bounds, neighbours, NEVER)
+    nearest = look_up(index, features, bounds, neighbours)
     asked = [np.array(sorted(values), np.uint64) for _, _, values in queries]
-    sharing = index.overlaps(asked, neighbours, NEVER)
+    sharing = answers_of(index.overlaps(asked, neighbours, NEVER))
     for number, (query, (shortest, longest), values) in enumerate(queries):
         distance = {row: float(np.linalg.norm(FEATURES[row] - query)) for row in inside}
         usable = [row for row in inside if shortest <= LENGTHS[row] <= longest]
@@ -97,7 +106,7 @@ def test_any_sequence_of_changes_answers_as_brute_force(
 
         common = {row: len(values & set(SKETCHES[row].tolist())) for row in inside}
         expected = sorted((r for r in inside if common[r]), key=lambda r: (-common[r], IDS[r]))
-        assert [(o.entry_id, o.common, o.length) for o in sharing[number]] == [
+        assert sharing[number] == [
             (IDS[row], common[row], LENGTHS[row]) for row in expected[:neighbours]
         ]
 
@@ -115,7 +124,7 @@ def test_entries_without_ties_are_answered_as_by_one_index_of_all() -> None:
     queries = random.normal(size=(20, 16)).astype(np.float32)
     bounds = [(int(low), int(low) + 20) for low in random.integers(1, 30, 20)]
     static = FeatureIndex(features, lengths.tolist(), "Flat")
-    assert index.lookup(queries, bounds, 8, NEVER) == static.search(queries, bounds, 8, NEVER)
+    assert look_up(index, queries, bounds, 8) == static.search(queries, bounds, 8, NEVER)
 
 
 def test_levels_stay_few_and_each_entry_is_built_a_few_times(
@@ -183,7 +192,7 @@ def test_searches_and_changes_go_on_while_levels_are_built(
 
 
 def everything(index: GrowingIndex) -> set[int]:
-    [found] = index.lookup(np.zeros((1, DIM), np.float32), [(1, 99)], POOL, NEVER)
+    [found] = look_up(index, np.zeros((1, DIM), np.float32), [(1, 99)], POOL)
     assert len({n.entry_id for n in found}) == len(found)
     return {n.entry_id for n in found}
 
