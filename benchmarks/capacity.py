@@ -20,8 +20,8 @@ from rich.table import Table
 MB = 1e6
 MIB = 1 << 20
 
-# Of a shard's memory, in bytes. Features are kept to decide by, and in float16 by faiss; a sketch value
-# as it came, sorted, and with the row it is of. The rest of a row is ids, lengths and ends.
+# Of a shard's memory, in bytes. Features are kept to decide by, and in float16 by faiss; a sketch
+# value as it came, sorted, and with the row it is of. The rest of a row is ids, lengths and ends.
 _FEATURE_VALUE = 4 + 2
 _SKETCH_VALUE = 3 * 8
 _ROW = 80

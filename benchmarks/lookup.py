@@ -22,6 +22,7 @@ import numpy as np
 from rich.console import Console
 
 from attncache_vllm.store.index import FeatureIndex, chosen_factory
+from attncache_vllm.store.records import MAX_LENGTH
 
 DIM, QUERIES, NEIGHBOURS = 128, 32, 8
 REPEATS = 50
@@ -45,10 +46,7 @@ def main() -> None:
 
 def measure(count: int, factory: str) -> dict[str, Any]:
     draw = np.random.default_rng(0)
-    centres = 4 * draw.standard_normal((max(1, count // 10), DIM), dtype=np.float32)
-    features = centres[draw.integers(len(centres), size=count)]
-    features += draw.standard_normal(features.shape, dtype=np.float32)
-    lengths = draw.integers(64, 512, count)
+    features, lengths = drawn_entries(draw, count)
     started = time.perf_counter()
     index = FeatureIndex(features, lengths.tolist(), factory)
     found: dict[str, Any] = {
@@ -58,10 +56,7 @@ def measure(count: int, factory: str) -> dict[str, Any]:
     }
     faiss.omp_set_num_threads(1)  # what a search is kept to, for the search to compare with as well
     for kind, noise in NOISE.items():
-        queried = draw.integers(count, size=QUERIES)
-        queries = features[queried]
-        queries += noise * draw.standard_normal(queries.shape, dtype=np.float32)
-        usable = [(int(length), 2**31) for length in lengths[queried]]
+        queries, usable = drawn_queries(draw, features, lengths, noise)
         seconds = []
         for _ in range(REPEATS):
             started = time.perf_counter()
@@ -78,6 +73,24 @@ def measure(count: int, factory: str) -> dict[str, Any]:
             "nearest_found": round(statistics.mean(hits), 3),
         }
     return found
+
+
+def drawn_entries(draw: np.random.Generator, count: int) -> tuple[Any, Any]:
+    """Features float32 ``[count, DIM]`` and lengths int64 ``[count]``."""
+    centres = 4 * draw.standard_normal((max(1, count // 10), DIM), dtype=np.float32)
+    features = centres[draw.integers(len(centres), size=count)]
+    features += draw.standard_normal(features.shape, dtype=np.float32)
+    return features, draw.integers(64, 512, count)
+
+
+def drawn_queries(
+    draw: np.random.Generator, features: Any, lengths: Any, noise: float
+) -> tuple[Any, list[tuple[int, int]]]:
+    """Features float32 ``[QUERIES, DIM]``, each with the lengths that will do for it."""
+    queried = draw.integers(len(features), size=QUERIES)
+    queries = features[queried]
+    queries += noise * draw.standard_normal(queries.shape, dtype=np.float32)
+    return queries, [(int(length), MAX_LENGTH) for length in lengths[queried]]
 
 
 def nearest(features: Any, lengths: Any, query: Any, bounds: tuple[int, int]) -> int:
