@@ -19,6 +19,7 @@ from attncache_vllm.store.folder import storing
 from attncache_vllm.store.manifest import write_atomic
 from attncache_vllm.store.ray import ring
 from attncache_vllm.store.ray.calls import GROUP_OF, PROTOCOL, K
+from attncache_vllm.store.ray.machines import folder_of
 from attncache_vllm.store.ray.placement import Placement
 from attncache_vllm.store.ray.shard import Limits, Shard
 
@@ -48,7 +49,7 @@ class ShardActor:
         limits: Limits,
         key_file: str | None,
     ) -> None:
-        own = Path(folder) / f"shard-{number}"
+        own = folder_of(Path(folder), number)
         with storing(f"read the key file {key_file}"):
             key = None if key_file is None else Path(key_file).read_bytes()
         self._number = number
@@ -153,6 +154,12 @@ def join(address: str) -> None:
         ) from error
 
 
+def on(machine: str) -> dict[str, float]:
+    """What an actor or a task must ask for to run on nodes of the machine with this address. A
+    machine that was restarted has it again, where the id of its node is another one."""
+    return {f"node:{machine}": 0.001}
+
+
 def shard_name(number: int) -> str:
     return f"attncache-shard-{number}"
 
@@ -164,10 +171,12 @@ def start_shard(
     limits: Limits,
     key_file: Path | None,
     num_cpus: float,
+    machine: str | None,
 ) -> Any:
     """The handle of a shard's actor, which is started unless it is there.
 
-    It is detached and restarted without end, on any node. A call is never repeated by Ray: the
+    It is detached and restarted without end, on any node, or on nodes of the machine with this
+    address only, as soon as there is one. A call is never repeated by Ray: the
     deadlines of lookups are shorter than its retries, and puts are known by their ids.
     """
     return (
@@ -182,6 +191,7 @@ def start_shard(
             max_pending_calls=_MAX_PENDING,
             scheduling_strategy="SPREAD",
             num_cpus=num_cpus,
+            resources={} if machine is None else on(machine),
         )
         .remote(
             number,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,10 +26,12 @@ from attncache_vllm.store.ray.actor import (
     RAY_NAMESPACE,
     RayCalls,
     join,
+    on,
     shard_name,
     start_shard,
 )
 from attncache_vllm.store.ray.fanout import Fanout
+from attncache_vllm.store.ray.machines import Machine, homes, kept_in
 from attncache_vllm.store.ray.moving import Moved
 from attncache_vllm.store.ray.placement import Placement
 from attncache_vllm.store.ray.settings import ClusterSettings
@@ -226,7 +229,11 @@ def _start(
     """Start shards, all unless named, and wait until each has read its folder."""
     calls = RayCalls()
     numbers = range(settings.shards) if shards is None else shards
-    for number in numbers:
+    absent = sorted(set(numbers) - set(calls.present()))
+    pinned: dict[int, str] = {}
+    if absent and settings.placement == "pinned":
+        pinned = homes(range(settings.shards), _machines(settings), settings.num_cpus)
+    for number in absent:
         start_shard(
             number,
             placement,
@@ -234,6 +241,7 @@ def _start(
             settings.limits,
             settings.key_file,
             settings.num_cpus,
+            pinned.get(number),
         )
     deadline = time.monotonic() + _START_SECONDS
     for number in numbers:
@@ -249,6 +257,34 @@ def _start(
                 f"{settings.num_cpus:g} free cores for each shard, and can write to "
                 f"{settings.folder}"
             )
+
+
+def _machines(settings: ClusterSettings) -> list[Machine]:
+    """The machines that a shard fits on; ``StoreError`` if there is none, or one does not say which
+    shards have a folder there."""
+    cpus: Counter[str] = Counter()
+    for node in ray.nodes():
+        if node["Alive"]:
+            cpus[node["NodeManagerAddress"]] += node["Resources"].get("CPU", 0.0)
+    fitting = {address: each for address, each in cpus.items() if each >= settings.num_cpus}
+    if not fitting:
+        raise StoreError(
+            f"shards need a node with {settings.num_cpus:g} cores, got {dict(cpus)!r}; lower "
+            "num_cpus, or start nodes with more"
+        )
+    look = ray.remote(num_cpus=0, max_retries=0)(kept_in)
+    pending = {
+        address: look.options(resources=on(address)).remote(settings.folder) for address in fitting
+    }
+    found = RayCalls().gather(pending, time.monotonic() + _START_SECONDS)
+    for address in fitting:
+        answer = found.get(address, f"nothing for {_START_SECONDS:.0f} s")
+        if not isinstance(answer, dict):
+            raise StoreError(
+                f"the machine {address} must say which shards it has, got {str(answer)!r:.300}; "
+                "see that this release is installed there, or 'ray stop' it"
+            )
+    return [Machine(address, each, found[address]) for address, each in fitting.items()]
 
 
 def _require_same(placement: Placement, settings: ClusterSettings) -> None:

@@ -40,6 +40,12 @@ class ClusterSettings(FrozenSettings):
         description="Where a node keeps the entries of its shards. An absolute path, the same on "
         "every node.",
     )
+    placement: Literal["pinned", "spread"] = Field(
+        "pinned",
+        description="`pinned`: a shard lives on the machine that has its folder, and waits for it "
+        "if it is away. `spread`: Ray chooses a machine whenever it starts a shard, which finds "
+        "its entries if the machines share `folder`.",
+    )
     shard_mib: int = Field(ge=1, description="Bound of the entries of one shard, in MiB.")
     tenant_mib: int | None = Field(
         None, ge=1, description="Bound of the entries of one tenant in one shard, in MiB."
