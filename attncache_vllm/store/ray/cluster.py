@@ -39,6 +39,8 @@ from attncache_vllm.store.ray.settings import ClusterSettings
 # A shard reads the heads of all its entries when it starts.
 _START_SECONDS = 300.0
 _SECONDS = 30.0
+# A command has time where a server has none, as while shards are busy with what it asked before.
+_DESCRIBE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,10 @@ def up(settings: ClusterSettings) -> Cluster:
     calls = RayCalls()
     placement = Placement(1, settings.shards, settings.replicas)
     if calls.present():
-        placement = Fanout(calls).placement
+        placement = _fanout(calls).placement
         _require_same(placement, settings)
     _start(placement, settings)
-    fanout = Fanout(calls)
+    fanout = _fanout(calls)
     # Shards that were down may know a later one, from their folders.
     _require_same(fanout.placement, settings)
     shards = range(settings.shards)
@@ -112,7 +114,7 @@ def up(settings: ClusterSettings) -> Cluster:
 def attach() -> Cluster:
     """The shards that run; ``StoreError`` if none does. The caller has joined."""
     calls = RayCalls()
-    return Cluster(calls, Fanout(calls))
+    return Cluster(calls, _fanout(calls))
 
 
 def status(cluster: Cluster) -> dict[str, Any]:
@@ -221,6 +223,10 @@ def down() -> list[int]:
 def stop_ray() -> None:
     """Stop every process of Ray on this machine."""
     _ray(["stop"], dict(os.environ))
+
+
+def _fanout(calls: RayCalls) -> Fanout:
+    return Fanout(calls, describe_seconds=_DESCRIBE_SECONDS)
 
 
 def _start(

@@ -19,7 +19,7 @@ from attncache_vllm.store.ray.placement import Placement
 
 logger = logging.getLogger(__name__)
 
-# A shard that has not said who it is within so many seconds has failed.
+# A shard that has not said who it is to a server within so many seconds has failed.
 _DESCRIBE_SECONDS = 2.0
 # How often shards are asked for their figures and the placement. Of a thousand servers each shard
 # hears two hundred times a second.
@@ -51,10 +51,13 @@ class Peers:
         *,
         new_breaker: Callable[[], Breaker] = Breaker,
         clock: Callable[[], float] = time.monotonic,
+        describe_seconds: float = _DESCRIBE_SECONDS,
     ) -> None:
-        """Find the shards; ``StoreError`` if none of this release answers."""
+        """Find the shards; ``StoreError`` if none of this release says who it is in
+        ``describe_seconds``."""
         self._calls = calls
         self._clock = clock
+        self._describe_seconds = describe_seconds
         self._new_breaker = new_breaker
         self._breakers: dict[int, Breaker] = {}
         self._reasons: dict[int, str] = {}
@@ -186,7 +189,7 @@ class Peers:
             except Exception as error:
                 self._failed(shard, error)
                 reached.discard(shard)
-        deadline = self._clock() + _DESCRIBE_SECONDS
+        deadline = self._clock() + self._describe_seconds
         calls: dict[int, tuple[Any, ...]] = {shard: ("describe",) for shard in reached}
         described = {}
         for shard, answer in self._ask(calls, deadline, probing=True).items():

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,6 +256,18 @@ def test_a_shard_of_another_release_is_left_out(tmp_path: Path) -> None:
     clock.ahead += 60
     fanout.tend()
     assert fanout.out() == {}
+
+
+def test_a_slow_shard_is_there_for_those_who_wait_for_it(tmp_path: Path) -> None:
+    class SlowCalls(FakeCalls):
+        def gather(self, pending: Mapping[Any, Any], deadline: float) -> dict[Any, Any]:
+            in_time = deadline - self.clock() > 5
+            return super().gather(pending, deadline) if in_time else {}
+
+    calls = SlowCalls(tmp_path, Placement(1, 2, 1))
+    with pytest.raises(StoreError, match="it does not answer in time"):
+        Fanout(calls)
+    assert Fanout(calls, describe_seconds=10.0).placement == Placement(1, 2, 1)
 
 
 def test_no_shard_at_all_says_what_to_do(tmp_path: Path) -> None:
