@@ -50,7 +50,7 @@ class RayNodes:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = free_port()
+        self.port, self.client_port = free_port(), free_port()
         self.address = f"127.0.0.1:{self.port}"
         # Ray's sockets lie in it, and their paths must be short.
         self.temp = Path(tempfile.mkdtemp(prefix="ray-"))
@@ -67,7 +67,7 @@ class RayNodes:
             else [
                 *("--head", "--node-ip-address", "127.0.0.1", "--port", str(self.port)),
                 *("--include-dashboard", "false", "--temp-dir", str(self.temp)),
-                *("--ray-client-server-port", str(free_port())),
+                *("--ray-client-server-port", str(self.client_port)),
             ]
         )
         command = [

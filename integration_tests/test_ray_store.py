@@ -28,6 +28,7 @@ from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store import MAX_LENGTH, LocalStore
 from attncache_vllm.store.ray.client import RayStore
 from attncache_vllm.store.ray.ring import entry_id
+from attncache_vllm.tenants import tenant_of
 from benchmarks.ray_nodes import RayNodes, eventually, ray_nodes
 
 ENTRIES = 40
@@ -121,6 +122,26 @@ def test_an_entry_of_a_tenant_is_found_by_that_tenant_only(store: RayStore) -> N
     eventually(lambda: own in nearest(store, TENANT))
     assert own not in nearest(store)
     assert set(nearest(store, "cd" * 16)) == {-1}
+
+
+def test_ray_client_reaches_the_store_from_outside_of_the_cluster(
+    nodes: RayNodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in nodes.environment.items():
+        monkeypatch.setenv(name, value)
+    address = f"ray://127.0.0.1:{nodes.client_port}"
+    store = RayStore.connect(address, NAMESPACE)
+    try:
+        assert complete(store, seconds=30.0)
+        tenant = tenant_of("of a client")
+        assert store.admit(make_record(91), make_features(92)[91], tenant)
+        own = entry_id(tenant, make_record(91).token_hash)
+        eventually(lambda: own in nearest(store, tenant))
+        nodes.store("delete", "--tenant-salt", "of a client", "--address", address)
+        assert set(nearest(store, tenant)) == {-1}
+        assert store.health().out == 0
+    finally:
+        store.close()
 
 
 def test_a_command_without_the_token_is_refused(nodes: RayNodes, tmp_path: Path) -> None:
