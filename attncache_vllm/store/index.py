@@ -155,10 +155,11 @@ class FeatureIndex:
         stop = np.searchsorted(self._lengths, longest, side="right")
         neighbours = max(neighbours, 0)
         asked = (start < stop) & np.isfinite(queries).all(axis=1) & (neighbours > 0)
-        probes = self._probes(queries)
+        groups = self._groups(start, stop, np.flatnonzero(asked))
+        probes = self._probes(queries) if any(self._is_wide(*span) for span in groups) else None
         rows = np.full((len(lengths), _CANDIDATES * neighbours), -1, dtype=np.int64)
         shared = np.zeros(len(lengths), dtype=np.bool_)
-        for (first, last), group in self._groups(start, stop, np.flatnonzero(asked)).items():
+        for (first, last), group in groups.items():
             raise_if_late(deadline)
             self._propose(rows, group, queries, probes, first, last)
             shared[group] = (start[group] > first) | (stop[group] < last)
@@ -185,10 +186,13 @@ class FeatureIndex:
             groups.setdefault((first, last), []).append(query)
         return groups
 
-    def _probes(self, queries: Features) -> tuple[Features, Ids] | None:
+    def _is_wide(self, first: int, last: int) -> bool:
+        """Whether the inverted file is asked for a range of rows."""
+        return self._inverted is not None and (last - first) * _RARE > len(self._ids)
+
+    def _probes(self, queries: Features) -> tuple[Features, Ids]:
         """Distances and numbers of the lists to look through for each query, ``[B, nprobe]``."""
-        if self._inverted is None:
-            return None
+        assert self._inverted is not None
         with _one_thread():
             distances, lists = self._inverted.quantizer.search(queries, self._inverted.nprobe)
         return distances, lists
@@ -202,19 +206,21 @@ class FeatureIndex:
         first: int,
         last: int,
     ) -> None:
-        """Put rows from ``first`` to ``last`` near each query of a group into ``rows``."""
+        """Put rows from ``first`` to ``last`` near each query of a group into ``rows``; ``probes``
+        are those of all queries, which a wide range needs."""
         most = min(rows.shape[1], last - first)
         asked = queries[group]
-        if self._inverted is None or probes is None or (last - first) * _RARE <= len(self._ids):
+        if probes is None or not self._is_wide(first, last):
             with _one_thread():
                 _, found = faiss.knn(asked, self._features[first:last], most)
             found[found >= 0] += first
         else:
+            index: Any = self._inverted
             # faiss keeps pointers only: all of these live until it has answered. Rows were added in
             # their order, so that in a list a range of them lies side by side.
             within, bits = faiss.IDSelectorRange(first, last, True), self._present
             parameters = faiss.SearchParametersIVF()
-            parameters.nprobe = self._inverted.nprobe
+            parameters.nprobe = index.nprobe
             parameters.sel = within
             if bits is not None:
                 present = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
@@ -224,7 +230,6 @@ class FeatureIndex:
             distances = np.empty((len(group), most), dtype=np.float32)
             found = np.empty((len(group), most), dtype=np.int64)
             pointers = map(faiss.swig_ptr, (lists, away, distances, found))
-            index: Any = self._inverted
             with _one_thread():
                 # faiss' own for Python, without the suffix, takes no parameters.
                 index.search_preassigned_c(
