@@ -22,7 +22,7 @@ Ids = NDArray[np.int64]
 # one core, with 100,000 rows of 128 dimensions, both ways take about as long at this share.
 _RARE = 16
 # Queries are asked together if their entries begin and end in the same of so many parts.
-_PARTS = 16
+_PARTS = 8
 # Of how many candidates for each neighbour distances are computed from the features.
 _CANDIDATES = 4
 # How many of them are looked at together: 2 MiB, of features of 128 values.
