@@ -60,9 +60,9 @@ class RayNodes:
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     def start(self, cpus: int = 2) -> None:
-        """Start a node: the first is the head."""
+        """Start a node: the first is the head. To Ray each is a machine, by its address."""
         where = (
-            ["--address", self.address]
+            ["--address", self.address, "--node-ip-address", f"127.0.0.{len(self.nodes) + 1}"]
             if self.nodes
             else [
                 *("--head", "--node-ip-address", "127.0.0.1", "--port", str(self.port)),
@@ -77,6 +77,7 @@ class RayNodes:
         ]
         log = self.folder / f"node-{len(self.nodes)}.log"
         with log.open("ab") as output:
+            begun = output.tell()
             self.nodes.append(
                 subprocess.Popen(
                     command,
@@ -87,7 +88,13 @@ class RayNodes:
                     start_new_session=True,
                 )
             )
-        eventually(lambda: b"Ray runtime started" in log.read_bytes(), START_SECONDS)
+        eventually(lambda: b"Ray runtime started" in log.read_bytes()[begun:], START_SECONDS)
+
+    def lose(self) -> None:
+        """End the youngest node as if its machine were gone; the next one has its address."""
+        node = self.nodes.pop()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
 
     def stop(self) -> None:
         """End all nodes, the youngest first."""

@@ -276,6 +276,19 @@ def test_a_saved_store_is_the_one_that_was_loaded(nodes: RayNodes, tmp_path: Pat
         }
 
 
+def test_a_shard_waits_for_its_machine_and_comes_back_to_it_warm(
+    nodes: RayNodes, store: RayStore
+) -> None:
+    assert complete(store)
+    nodes.lose()
+    eventually(lambda: store.health().out == 1)
+    time.sleep(10)
+    assert store.health().out == 1, "it does not begin anew on the other machine"
+    assert any(i in IDS for i in nearest(store))
+    nodes.start()
+    eventually(lambda: complete(store) and store.health().out == 0, 120.0)
+
+
 def test_the_loss_of_the_head_is_outlived_and_shards_come_back_warm(
     nodes: RayNodes, store: RayStore
 ) -> None:
