@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -201,7 +202,8 @@ def test_what_is_wrong_with_shards_is_told_and_outlives_a_gateway(
     assert store.health().out == 0
     calls.hung = {0}
     for _ in range(3):
-        nearest(store, seconds=0.1)
+        with contextlib.suppress(StoreTimeout):  # a busy machine may bring the answer too late
+            nearest(store, seconds=0.1)
     eventually(lambda: store.health().out == 1)
     late = store.health().faults["late"]
     assert late >= 3
