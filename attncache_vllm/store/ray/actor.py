@@ -146,7 +146,9 @@ def join(address: str) -> None:
             logging_level=logging.WARNING,
         )
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        # Of Ray Client's the first line is a title, and the last one says why.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
         raise StoreError(
             f"the Ray cluster at {address!r} must be reachable, got {type(error).__name__}: "
             f"{reason}; bring it up with 'attncache store up', and set RAY_AUTH_MODE=token if it "
