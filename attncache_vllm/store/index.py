@@ -19,8 +19,6 @@ Ids = NDArray[np.int64]
 # Where fewer than one entry in so many will do for a query, it is compared with these directly. On
 # one core, with 100,000 rows of 128 dimensions, both ways take about as long at this share.
 _RARE = 16
-# Queries are asked together if their entries begin and end in the same of so many parts.
-_PARTS = 16
 # Of how many candidates for each neighbour distances are computed from the features.
 _CANDIDATES = 4
 
@@ -133,43 +131,33 @@ class FeatureIndex:
         stop = np.searchsorted(self._lengths, longest, side="right")
         asked = (start < stop) & np.isfinite(queries).all(axis=1) & (neighbours > 0)
         answers: list[list[Neighbour]] = [[] for _ in lengths]
-        for (first, last), group in self._groups(start, stop, np.flatnonzero(asked)).items():
+        for group in _alike(start, stop, np.flatnonzero(asked)):
             raise_if_late(deadline)
-            found = self._candidates(queries[group], first, last, _CANDIDATES * neighbours)
-            for query, rows in zip(group, found, strict=True):
-                own = start[query], stop[query]
-                rows = rows[(rows >= own[0]) & (rows < own[1])]
-                if len(rows) < min(neighbours, own[1] - own[0]) and own != (first, last):
+            first, last = int(start[group].min()), int(stop[group[0]])
+            rows = self._candidates(queries[group], first, last, _CANDIDATES * neighbours)
+            rows[rows < start[group, None]] = -1
+            found = self._nearest(queries[group], rows, neighbours)
+            for query, of_query in zip(group, found, strict=True):
+                if len(of_query) < neighbours and start[query] > first:
                     # Others than it may have were nearer: among its own alone, then.
-                    [rows] = self._candidates(
-                        queries[query : query + 1], *own, _CANDIDATES * neighbours
-                    )
-                answers[query] = self._nearest(queries[query], rows, neighbours)
+                    alone, own = queries[query : query + 1], int(start[query])
+                    rows = self._candidates(alone, own, last, _CANDIDATES * neighbours)
+                    [of_query] = self._nearest(alone, rows, neighbours)
+                answers[query] = of_query
         raise_if_late(deadline)
         return answers
 
-    def _groups(self, start: Ids, stop: Ids, asked: Ids) -> dict[tuple[int, int], list[int]]:
-        """Queries by ranges of rows that hold theirs and little more."""
-        part = max(1, len(self._ids) // _PARTS)
-        groups: dict[tuple[int, int], list[int]] = {}
-        for query in asked.tolist():
-            first = int(start[query]) // part * part
-            last = min(len(self._ids), -(-int(stop[query]) // part) * part)
-            if (stop[query] - start[query]) * 2 < last - first:
-                first, last = int(start[query]), int(stop[query])
-            groups.setdefault((first, last), []).append(query)
-        return groups
-
-    def _candidates(self, queries: Features, first: int, last: int, most: int) -> list[Ids]:
-        """Rows from ``first`` to ``last`` near each query, at most so many."""
+    def _candidates(self, queries: Features, first: int, last: int, most: int) -> Ids:
+        """Rows from ``first`` to ``last`` near each query, ``[B, at most most]``; -1 for none."""
         most = min(most, last - first)
         with _one_thread():
             if self._inverted is None or (last - first) * _RARE <= len(self._ids):
                 _, found = faiss.knn(queries, self._features[first:last], most)
                 found[found >= 0] += first
             else:
-                # faiss keeps pointers only: all of these live until it has answered.
-                within, bits = faiss.IDSelectorRange(first, last), self._present
+                # faiss keeps pointers only: all of these live until it has answered. Rows were
+                # added in their order, so that of each list a range is looked at.
+                within, bits = faiss.IDSelectorRange(first, last, True), self._present
                 parameters = faiss.SearchParametersIVF()
                 parameters.nprobe = self._inverted.nprobe
                 parameters.sel = within
@@ -178,15 +166,33 @@ class FeatureIndex:
                     both = faiss.IDSelectorAnd(within, present)
                     parameters.sel = both
                 _, found = self._inverted.search(queries, most, params=parameters)
-        return [rows[rows >= 0] for rows in found]
+        return found
 
-    def _nearest(self, query: Features, rows: Ids, neighbours: int) -> list[Neighbour]:
-        rows = rows[self._alive[rows]]
-        distances = np.linalg.norm(self._features[rows] - query, axis=1)
+    def _nearest(self, queries: Features, rows: Ids, neighbours: int) -> list[list[Neighbour]]:
+        """The nearest of each query's own rows, ``[B, C]``, that are not forgotten."""
+        apart = self._features[rows] - queries[:, None]
+        distances = np.sqrt(np.einsum("bcf,bcf->bc", apart, apart))
+        distances[(rows < 0) | ~self._alive[rows]] = np.inf
         ids = self._ids[rows]
-        order = np.lexsort((ids, distances))[:neighbours]
-        found = zip(ids[order], distances[order], self._lengths[rows[order]], strict=True)
-        return [Neighbour(int(i), float(distance), int(length)) for i, distance, length in found]
+        order = np.lexsort((ids, distances), axis=-1)[:, :neighbours]
+        columns = (
+            np.take_along_axis(of_rows, order, axis=1).tolist()
+            for of_rows in (ids, distances, self._lengths[rows])
+        )
+        return [
+            [Neighbour(*found) for found in zip(*of_query, strict=True) if found[1] < np.inf]
+            for of_query in zip(*columns, strict=True)
+        ]
+
+
+def _alike(start: Ids, stop: Ids, asked: Ids) -> list[list[int]]:
+    """Of the queries ``asked``, those together whose ranges of rows end at the same and of which
+    none is twice as long as another: at least half of what is nearest to one is its own."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for query in asked.tolist():
+        rows = int(stop[query] - start[query])
+        groups.setdefault((int(stop[query]), rows.bit_length()), []).append(query)
+    return list(groups.values())
 
 
 def raise_if_late(deadline: float) -> None:
