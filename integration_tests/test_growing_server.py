@@ -18,7 +18,7 @@ from benchmarks.server import MEAN_EMBEDDINGS, MODEL_NAME, Server, serve
 from integration_tests import models
 from integration_tests.compare import cosines
 from integration_tests.conftest import PATIENT, Texts
-from integration_tests.processes import run, script, shown_on_failure
+from integration_tests.processes import START_SECONDS, run, script, shown_on_failure
 
 RECORDED = 8
 NUM_LAYERS = 4
@@ -56,7 +56,8 @@ def build(model: Path, store: Path, texts: tuple[str, ...], folder: Path) -> Non
     corpus = folder / "texts.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     command = [script("attncache"), "build", model, "--corpus", corpus, "--store", store]
-    ended = run([*map(str, command), "--layers", f"0-{NUM_LAYERS - 1}", *MEAN_EMBEDDINGS], folder)
+    options = ["--layers", f"0-{NUM_LAYERS - 1}", *MEAN_EMBEDDINGS]
+    ended = run([*map(str, command), *options], folder, START_SECONDS)
     assert ended.code == 0, ended.log
     plan = Plan(0, NUM_LAYERS, {"aligned": SourcePlan(GROUPS, gate=0.3)})
     with LocalStore.open(store, writable=True) as opened:
@@ -112,9 +113,10 @@ def test_a_text_that_was_missed_is_a_hit_later_and_is_answered_alike(
     reused = hit(server, text)
     assert cosines(reused, exact).min() >= LIKE_EXACT
     assert not np.array_equal(reused, exact)
+    # The thread that counts it is one of idle priority.
+    eventually(lambda: grown(server, before).get("admission recorded") == 1)
     now = grown(server, before)
-    assert now["recorded"] == now["admission recorded"] == 1
-    assert "admission failed" not in now and "damaged record" not in now
+    assert now["recorded"] == 1 and "admission failed" not in now
 
 
 def test_an_edited_copy_of_an_admitted_text_is_served_from_it(server: Server, texts: Texts) -> None:
