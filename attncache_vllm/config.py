@@ -13,7 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator, ValidationError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from attncache_vllm.errors import SettingsError
@@ -122,6 +129,14 @@ class Settings(FrozenSettings):
         "maps at several lengths, and reuse only where that is faster on this machine. Without it "
         "every hit is taken: to see what reuse keeps, not what it saves.",
     )
+    admit_per_minute: float = Field(
+        0.0,
+        ge=0.0,
+        description="How many texts that no entry serves are at most recorded a minute, to be "
+        "admitted to the store: the server learns from what it is asked. Such a text is computed "
+        "exactly, even where templates would serve it. 0 records nothing. For a store on a Ray "
+        "cluster that is served by its own plan.",
+    )
     log_interval_s: float = Field(
         30.0, gt=0.0, description="Seconds between two log lines with the counters."
     )
@@ -132,6 +147,23 @@ class Settings(FrozenSettings):
     calibrate: bool = Field(
         False, description="Set by `attncache calibrate`: reuse only what it asks for."
     )
+
+    @field_validator("admit_per_minute")
+    @classmethod
+    def _admits(cls, value: float, given: ValidationInfo) -> float:
+        if value and isinstance(given.data.get("store"), Path):
+            raise PydanticCustomError(
+                "admission",
+                "Input must be 0 for a store in a folder, which servers only read; give 0, or the "
+                "address of a store on a Ray cluster",
+            )
+        if value and given.data.get("plan") is not None:
+            raise PydanticCustomError(
+                "admission",
+                "Input must be 0 beside another plan than the store's, whose layers the entries "
+                "must hold; leave out one of the two",
+            )
+        return value
 
     @property
     def folder(self) -> Path:

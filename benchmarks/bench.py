@@ -116,6 +116,7 @@ def run(lengths: Sequence[int], rounds: int | None, seconds: float, folder: Path
         "peak_mib": peaks,
         "machine": machine(),
         "store": store_figures(store),
+        "recording": recording_figures(folder, texts, measured),
         "seconds": round(time.monotonic() - started, 1),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -274,6 +275,23 @@ def store_figures(store: Path) -> dict[str, Any]:
     }
 
 
+def recording_figures(
+    folder: Path, texts: dict[int, Texts], measured: dict[str, Any]
+) -> dict[str, Any]:
+    """What recording took, its first text's checks included, and how often as long as vLLM takes
+    to answer the same texts one by one."""
+    build = json.loads((folder / "build.json").read_text())
+    seconds = build["recorded"] / build["sequences_per_second"]
+    prefill_ms = sum(
+        measured[str(length)]["standard_ms"] * len(part.stored) for length, part in texts.items()
+    )
+    return {
+        "texts": build["recorded"],
+        "sequences_per_second": round(build["sequences_per_second"], 2),
+        "prefills": round(seconds * 1e3 / prefill_ms, 2),
+    }
+
+
 def machine() -> dict[str, Any]:
     flags = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
     name = next((line.split(":")[1].strip() for line in flags.splitlines() if "name" in line), "")
@@ -305,6 +323,11 @@ def show(report: dict[str, Any]) -> None:
                 " ".join(f"{ratio:.2f}" for ratio in row["hit_over_floor"]),
             )
     console.print(table)
+    recording = report["recording"]
+    console.print(
+        f"recording: {recording['texts']} texts, {recording['sequences_per_second']} a second, "
+        f"{recording['prefills']} times as long as vLLM takes to answer them"
+    )
 
 
 def plot(report: dict[str, Any], path: Path) -> None:

@@ -44,6 +44,8 @@ PATIENT = {
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# Tests of two files run at once: threads that spin while they wait would keep the other's waiting.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(assets.cache_root() / "vllm"))
 
 

@@ -111,6 +111,14 @@ def test_a_malformed_address_is_refused_with_the_forms_that_there_are(address: s
     assert f"got {address!r}" in message
 
 
+def test_texts_are_admitted_to_a_store_on_a_cluster_that_is_served_by_its_own_plan() -> None:
+    assert load({"store": "ray:auto", "admit_per_minute": 3}).admit_per_minute == 3
+    assert load({**STORE, "admit_per_minute": 0}).admit_per_minute == 0
+    message = refusal({"store": "ray:auto", "plan": "plan.json", "admit_per_minute": 2.5})
+    assert "setting 'admit_per_minute': input must be 0 beside another plan than the" in message
+    assert "leave out one of the two, got 2.5" in message
+
+
 def test_settings_cannot_be_changed_and_can_be_keys() -> None:
     settings = load({**STORE, "record": RECORD})
     with pytest.raises(ValidationError, match="frozen"):
@@ -176,6 +184,8 @@ def test_a_missing_store_is_named_with_what_was_given() -> None:
         ("unsalted", None, "'shared' or 'off'"),
         ("reuse_with_prefix_caching", 1, "valid boolean"),
         ("reuse_with_prefix_caching", "yes", "valid boolean"),
+        ("admit_per_minute", -1, "greater than or equal to 0"),
+        ("admit_per_minute", 0.5, "0 for a store in a folder, which servers only read; give 0, or"),
         ("log_interval_s", 0.0, "greater than 0"),
         ("log_interval_s", "often", "valid number"),
         ("record", [4, 5], "valid dictionary"),

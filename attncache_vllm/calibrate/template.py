@@ -34,6 +34,7 @@ from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import template_hit
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.correct import Correction
 from attncache_vllm.reuse.plan import SourcePlan
 from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
 
@@ -63,35 +64,38 @@ class TemplateChooser:
         self._trials = trials
         self._saving = saving
         self._layouts = model.calibrator.layouts
-        self._fitted: Groups | None = None  # what the corrections in force are fitted for
+        # By what they are fitted for: a set that was measured is checked, too.
+        self._fits: dict[tuple[tuple[int, tuple[int, ...]], ...], dict[int, Correction]] = {}
         self._templates = self._make_templates(fit)
 
     def choose(self, budget: Budget) -> Chosen | None:
         """The plan with the largest saving inside ``budget``; None if there is none."""
         damages = self._damages()
+        groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
+        sets_of = partial(candidates, groups, self._saving)
         with progress() as bar:
-            task = bar.add_task("fitting and measuring sets", total=None)
+            measured = bar.add_task("fitting and measuring sets", total=None)
 
             def measure(candidate: Candidate) -> Fidelity:
-                bar.advance(task)
+                bar.advance(measured)
                 return self._trials.get(
                     f"template {candidate.groups}", partial(self._fidelity, candidate)
                 )
 
-            groups = by_damage_per_saving(damages, self._saving, whole_layers=False)
-            sets_of = partial(candidates, groups, self._saving)
             curve = measure_curve(sets_of, budget, measure)
+            checked = bar.add_task("checking sets on other texts", total=None)
 
-        def check(candidate: Candidate) -> dict[str, Any] | None:
-            if not budget.holds(measure(candidate)):
-                return None
-            self._fit_corrections(candidate)
-            with self._calibrator.serving(self._hits(candidate.groups)):
-                surely, report = self._check.checked()
-            # The texts that chose it flatter it a little: what they let pass must pass here.
-            return report if budget.holds(surely) else None
+            def check(candidate: Candidate) -> dict[str, Any] | None:
+                bar.advance(checked)
+                if not budget.holds(measure(candidate)):
+                    return None
+                self._fit_corrections(candidate)
+                with self._calibrator.serving(self._hits(candidate.groups)):
+                    surely, report = self._check.checked()
+                # The texts that chose it flatter it a little: what they let pass must pass here.
+                return report if budget.holds(surely) else None
 
-        found = first_that_passes(best_first(curve, budget), sets_of, check)
+            found = first_that_passes(best_first(curve, budget), sets_of, check)
         if found is None:
             return None
         candidate, report = found
@@ -163,12 +167,13 @@ class TemplateChooser:
             return self._choose.fidelity()
 
     def _fit_corrections(self, candidate: Candidate) -> None:
-        if candidate.groups == self._fitted:
+        key = tuple(sorted(candidate.groups.items()))
+        if key in self._fits:
+            self._calibrator.correct("template", self._fits[key])
             return
-        self._fitted = None  # until it is done
         with self._calibrator.fitting("template", self._hits(candidate.groups)):
             self._model.run(self._fit)
-        self._fitted = candidate.groups
+        self._fits[key] = self._calibrator.fitted("template")
 
     def _errors(self, candidate: Candidate) -> tuple[tuple[float, float], ...]:
         """Per layer mean and deviation of what canaries will measure."""

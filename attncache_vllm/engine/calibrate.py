@@ -5,7 +5,7 @@ or collected under the control of ``attncache calibrate``, which runs in the sam
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,17 @@ class Calibrator:
         finally:
             self._hit_of = None
 
+    def fitted(self, source: Source) -> dict[int, Correction]:
+        """The corrections of ``source`` in force, by layer."""
+        return {i: found[source] for i, found in self.corrections.items() if source in found}
+
+    def correct(self, source: Source, corrections: Mapping[int, Correction]) -> None:
+        """Put these corrections of ``source`` in force, as `fitted` gave them, and no others."""
+        for layer, of_layer in self.corrections.items():
+            of_layer.pop(source, None)
+            if layer in corrections:
+                of_layer[source] = corrections[layer]
+
     @contextmanager
     def fitting(self, source: Source, hit_of: HitOf) -> Iterator[None]:
         """Serve as :meth:`serving`, and fit the corrections of ``source`` layer by layer.
@@ -96,8 +107,7 @@ class Calibrator:
         back their errors as well. A correction is kept only where it helps the held-out sequences;
         ``gains`` tells their mean relative error before and after.
         """
-        for of_layer in self.corrections.values():
-            of_layer.pop(source, None)
+        self.correct(source, {})
         self.gains = {}
         self._fitting = source
         try:

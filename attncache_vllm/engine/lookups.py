@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import torch
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.background import thread_beside_forward
 from attncache_vllm.engine.step import Hit, Sequence, Served
 from attncache_vllm.errors import AttnCacheError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment, align
@@ -91,10 +90,7 @@ class Lookups:
         self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
             settings.resident_bytes
         )
-        self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="attncache-lookup", initializer=_leave_compute_core
-        )
-        _keep_to_one_thread(self._thread)
+        self._thread = thread_beside_forward("attncache-lookup")
         self._running: Future[list[Hit | None]] | None = None
         self._health = metrics.Health()
 
@@ -329,27 +325,3 @@ def _nearest_hit(maps: Maps, length: int) -> Hit | None:
         if blocks.layout.mask.causal or blocks.length == length
     }
     return Hit("neighbour", served) if served else None
-
-
-def _keep_to_one_thread(pool: ThreadPoolExecutor) -> None:
-    """Have torch start no helpers of the pool's thread.
-
-    They would be as many again as those that compute the model, on the same cores, and each spins
-    for milliseconds after its work is done.
-    """
-    threads = pool.submit(torch.get_num_threads).result()
-    pool.submit(compat.set_num_threads, 1).result()
-    # What a thread sets is its own number, and that of threads to come.
-    with ThreadPoolExecutor(1) as another:
-        another.submit(compat.set_num_threads, threads).result()
-
-
-def _leave_compute_core() -> None:
-    """Let the calling thread run on any core that the worker's parent may use.
-
-    vLLM pins a CPU worker's threads to cores, and a new thread inherits the pin: left there, the
-    lookup would run on the forward's own core, in turn with it instead of beside it.
-    """
-    if hasattr(os, "sched_setaffinity"):  # not on macOS
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getppid()))

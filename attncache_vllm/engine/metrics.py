@@ -68,6 +68,11 @@ LOADS = Counter(
     "Entries whose maps were wanted, by where they were: resident in memory, or only stored.",
     ["place"],
 )
+ADMISSIONS = Counter(
+    "attncache_admissions",
+    "Missed texts that were to be admitted, by outcome: recorded or failed.",
+    ["outcome"],
+)
 RESIDENT_BYTES = Gauge(
     "attncache_resident_bytes",
     "Bytes of the maps that are resident in memory.",

@@ -4,7 +4,7 @@ maps are kept. ``attncache build`` drives it, one sequence per engine step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +33,28 @@ if TYPE_CHECKING:
 # percent from the standard backend's float32 accumulation. A module that does more than
 # o_proj(softmax(QK^T) V) differs by far more.
 PARITY_TOLERANCE = 0.03
+
+
+def record_of(
+    token_ids: np.ndarray, codec: str, pooled: torch.Tensor, maps: Mapping[int, torch.Tensor]
+) -> Record:
+    """What a store keeps of a sequence.
+
+    Args:
+        token_ids: int32 ``[length]``.
+        codec: that ``maps`` are encoded with.
+        pooled: float32 ``[slots, hidden]`` on the CPU, its pooled feature input.
+        maps: encoded, uint8 ``[bytes]``, by layer.
+    """
+    return Record(
+        token_hash=token_hash(token_ids),
+        length=len(token_ids),
+        codec=codec,
+        pooled=pooled.numpy(),
+        maps={layer: encoded.numpy() for layer, encoded in maps.items()},
+        token_ids=token_ids,
+        sketch=sketch(token_ids),
+    )
 
 
 class Recorder:
@@ -122,15 +144,7 @@ class Recorder:
                 f"saw, got {len(tokens)} of which some differ; vLLM joins or truncates this text "
                 "in another way than the model's tokenizer, so that it cannot be recorded"
             )
-        record = Record(
-            token_hash=token_hash(tokens),
-            length=self._length,
-            codec=self._settings.codec,
-            pooled=self._pooled.cpu().numpy(),
-            maps={layer: encoded.numpy() for layer, encoded in self._maps.items()},
-            token_ids=tokens,
-            sketch=sketch(tokens),
-        )
+        record = record_of(tokens, self._settings.codec, self._pooled.cpu(), self._maps)
         self._pooled, self._maps = None, {}
         return self._store.put(record)
 

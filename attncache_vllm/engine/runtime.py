@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ import torch
 
 from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
+from attncache_vllm.engine.admit import Admissions
 from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.costs import Costs, Manner
 from attncache_vllm.engine.lookups import Lookups
@@ -22,6 +22,7 @@ from attncache_vllm.engine.step import (
     Choose,
     Decision,
     Hit,
+    Recording,
     Sequence,
     Served,
     Step,
@@ -64,9 +65,11 @@ class Serving:
         feature_layer_name: str,
         groups: int,
         sources: tuple[Source, ...],
+        admissions: Admissions | None = None,
     ) -> None:
         """``lookups`` is None if the plan has templates only; ``groups`` is the number of KV
-        groups of all layers together, ``sources`` are those of the plan."""
+        groups of all layers together, ``sources`` are those of the plan; ``admissions`` is None if
+        no missed sequence is recorded."""
         self._lookups = lookups
         self.templates = templates
         self._canaries = canaries
@@ -74,6 +77,7 @@ class Serving:
         self._slots = slots
         self._feature_layer_name = feature_layer_name
         self._groups = groups
+        self.admissions = admissions
         self._manners: tuple[Manner, ...] = sources
         if {"aligned", "prefix"} & set(sources):
             self._manners = (*sources, "own")
@@ -141,14 +145,20 @@ class Serving:
         computed = sum(seq.length for seq in (*refused, *short, *dear))
         metrics.MAP_ROWS.labels("computed").inc(self._groups * computed)
         deadline = time.monotonic() + self._settings.lookup_deadline_ms / 1e3
-        lookup, reason = None, None
+        lookup, reason, pooled = None, None, None
         looked_up = any(self._may_pay(seq.length, but="template") for seq in eligible)
         if self._lookups is not None and looked_up:
-            lookup = self._start_lookup(self._lookups, eligible, hidden_states, deadline)
+            records = self.admissions is not None and self.admissions.ready()
+            if records or self._lookups.uses_features:
+                pooled = self._pooled(eligible, hidden_states)
+            wanted = pooled if self._lookups.uses_features else None
+            lookup = self._lookups.start(eligible, wanted, deadline)
+            pooled = pooled if records else None
             reason = "lookup still running" if lookup is None else None
         lengths = {sequence.row: sequence.length for sequence in eligible}
         choose = partial(self._choose, lengths, source.common.num_actual_tokens)
-        return Step(eligible, lookup, deadline, partial(self._decide, choose), choose, reason)
+        decide = partial(self._decide, choose, pooled)
+        return Step(eligible, lookup, deadline, decide, choose, reason)
 
     def _is_refused(self, sequence: Sequence) -> bool:
         """Whether it must have a tenant of its own, and has none."""
@@ -171,30 +181,31 @@ class Serving:
         asked = [(item.manner, lengths[row]) for row, item in paying.items()]
         return paying if self.costs.pays_in_batch(layer, asked, tokens) else {}
 
-    def _start_lookup(
-        self,
-        lookups: Lookups,
-        sequences: list[Sequence],
-        hidden_states: torch.Tensor,
-        deadline: float,
-    ) -> Future[list[Hit | None]] | None:
-        pooled = None
-        if lookups.uses_features:
-            inputs = [hidden_states[seq.start : seq.start + seq.length] for seq in sequences]
-            pooled = torch.stack([pool_tokens(tokens, self._slots) for tokens in inputs])
-            # Rounded as a store keeps them, so that a recorded text finds itself at distance 0.
-            pooled = pooled.to("cpu", torch.float16).float()
-        return lookups.start(sequences, pooled, deadline)
+    def _pooled(self, sequences: list[Sequence], hidden_states: torch.Tensor) -> torch.Tensor:
+        """The pooled feature inputs of sequences, float32 ``[B, slots, hidden]`` on the CPU."""
+        inputs = [hidden_states[seq.start : seq.start + seq.length] for seq in sequences]
+        pooled = torch.stack([pool_tokens(tokens, self._slots) for tokens in inputs])
+        # Rounded as a store keeps them, so that a recorded text finds itself at distance 0.
+        return pooled.to("cpu", torch.float16).float()
 
     def _decide(
         self,
         choose: Choose,
+        pooled: torch.Tensor | None,
         sequences: list[Sequence],
         found: list[Hit | None],
         reason: str | None,
     ) -> Decision:
+        """``pooled`` are the pooled feature inputs of the sequences if one of them may be
+        recorded."""
         hits, canaries = {}, {}
+        recording = None
+        if pooled is not None and reason is None:
+            recording = self._begin_recording(sequences, found, pooled)
         for sequence, match in zip(sequences, found, strict=True):
+            if recording is not None and sequence is recording.sequence:
+                self.outcomes.miss("recorded", 1)
+                continue
             hit = self._worth(match, sequence.length) or self._worth(
                 template_hit(self.templates, sequence.length), sequence.length
             )
@@ -214,7 +225,19 @@ class Serving:
         )
         metrics.MAP_ROWS.labels("reused").inc(reused)
         metrics.MAP_ROWS.labels("computed").inc(self._groups * sum(lengths.values()) - reused)
-        return Decision(hits, canaries)
+        return Decision(hits, canaries, recording)
+
+    def _begin_recording(
+        self, sequences: list[Sequence], found: list[Hit | None], pooled: torch.Tensor
+    ) -> Recording | None:
+        """Begin to record the first sequence that no entry serves, and that one should."""
+        assert self.admissions is not None
+        for sequence, match, own in zip(sequences, found, pooled, strict=True):
+            if match is None and self._may_pay(sequence.length, but="template"):
+                recording = self.admissions.begin(sequence, own)
+                if recording is not None:
+                    return recording
+        return None
 
     def _worth(self, hit: Hit | None, length: int) -> Hit | None:
         return hit if hit is not None and self.costs.worth(hit.manner, length) else None

@@ -17,6 +17,7 @@ import torch
 
 from attncache_vllm.config import RecordSettings, Settings, load_settings
 from attncache_vllm.engine import compat, costs, metrics
+from attncache_vllm.engine.admit import admissions_of
 from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.eligibility import Reach, reach_of, reaches_of, why_engine_bypassed
 from attncache_vllm.engine.layer import ReuseModule, ReuseScores
@@ -125,6 +126,8 @@ def _attach_serving(
         for found in reusable:
             of_layer = {s: c for (s, layer), c in corrections.items() if layer == found.index}
             _hook(found, reaches[found.index], serving, plan, of_layer)
+            if serving.admissions is not None:
+                serving.admissions.watch(found, serving)
         # Last, so that it comes before whatever stands around the feature layer's module.
         feature = _feature_module(modules, plan.feature_layer)
         ops.observe_input(feature, serving.observe)
@@ -242,6 +245,7 @@ def _serving(
         _feature_module(modules, plan.feature_layer).name,
         groups=namespace.num_layers * namespace.num_kv_heads,
         sources=tuple(plan.sources),
+        admissions=admissions_of(store, plan, projector, reusable, settings.admit_per_minute),
     )
 
 

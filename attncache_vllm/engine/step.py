@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -159,13 +159,33 @@ def prompts_of(source: compat.MetadataSource) -> Prompts:
     return Prompts(whole, ending)
 
 
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A sequence that is computed exactly to be admitted to the store.
+
+    Attributes:
+        sequence: its token ids and its tenant are known.
+        pooled: its pooled feature input, float32 ``[slots, hidden]`` on the CPU.
+        scores: by layer, copies of its queries ``[L, H, d]`` and keys ``[L, KV, d]``, after the
+            position encoding, until the map is made.
+        maps: by layer, encoded, uint8 ``[bytes]``.
+    """
+
+    sequence: Sequence
+    pooled: torch.Tensor
+    scores: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    maps: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Decision:
     """What becomes of the sequences of a step: ``hits`` are served, ``canaries`` are computed
-    exactly and compared with what would have served them. Both by row of the batch."""
+    exactly and compared with what would have served them, both by row of the batch. One of those
+    that are computed may be recorded."""
 
     hits: Mapping[int, Hit]
     canaries: Mapping[int, Hit]
+    recording: Recording | None = None
 
 
 # Of what the lookup found for each sequence and, if that is nothing for a reason of its own, the
@@ -206,6 +226,11 @@ class Step:
     def canaries(self, layer: int) -> dict[int, Served]:
         """What would have served the canaries in this layer, by row."""
         return self._in_layer(layer, self._decided().canaries)
+
+    @property
+    def recording(self) -> Recording | None:
+        """The sequence that is recorded; None before a layer has asked what serves it."""
+        return self._decision.recording if self._decision is not None else None
 
     def split(self, attn_metadata: Any, hit_rows: tuple[int, ...]) -> Split:
         """Part a batch; ``hit_rows`` are rows of its own. Layers that share metadata and hits

@@ -12,7 +12,8 @@ from torch import Tensor
 from attncache_vllm.reuse.codec import CODEC, decode_map, encode_map
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
-from attncache_vllm.reuse.tiles import TiledMap, decode_tiles, encode_tiles, multiplies, tiled
+from attncache_vllm.reuse.tile_codec import decode_tiles, encode_tiles
+from attncache_vllm.reuse.tiles import TiledMap, multiplies, tiled
 
 
 @dataclass(frozen=True)

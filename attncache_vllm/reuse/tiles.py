@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attncache_vllm.reuse.codec import check_groups, check_map
-from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.maps import RowBlock, RowBlocks, block_bounds, kv_index
 
 try:
@@ -299,95 +298,14 @@ def _prune(tiles: TiledMap, dropped: float) -> tuple[Tensor, Tensor, Tensor, Ten
     return tiles.cells[kept], scales, columns, panels
 
 
-def encode_tiles(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:
-    """Encode a map: log-sum-exps, panels, columns, scales and cells, in this order.
-
-    Args:
-        probs: `[H, N, N]` attention probabilities of any float dtype.
-        lse: `[H, N]` float32, the log-sum-exp of each row's scores (see `exact_map`).
-        mask: which columns a row sees; what it hides is dropped.
-
-    Returns:
-        uint8, on the CPU; how many bytes depends on the map.
-
-    Raises:
-        ValueError: a shape or dtype is not as above, a probability is not in [0, 1] or a
-            log-sum-exp not finite.
-    """
-    check_map(probs, lse)
-    probs = probs.detach().to("cpu", torch.float32)
-    length = probs.shape[-1]
-    if mask.cells(length) < length**2:
-        probs = probs * mask.visible(length)
-    low, high = (float(bound) for bound in probs.aminmax())
-    if not (low >= 0 and high <= 1):  # also false for NaN, which aminmax passes on
-        raise ValueError(
-            f"probabilities must be in [0, 1], got values from {low!r} to {high!r}; "
-            "do not record this sequence"
-        )
-    cells, scales, columns, panels = tile(probs)
-    if len(columns) % 2:  # what follows the columns stays aligned to four bytes
-        columns = torch.cat([columns, columns.new_zeros(1)])
-    parts = [lse.cpu(), panels, columns, scales, cells]
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
-
-
-def decode_tiles(
-    payload: Tensor, layout: MapLayout, length: int, groups: tuple[int, ...] | None = None
-) -> TiledMap:
-    """The map of some KV groups from what `encode_tiles` made; nothing about it is trusted.
-
-    Args:
-        payload: 1-D contiguous uint8 on the CPU, copied from and not kept.
-        layout: heads and mask of the layer.
-        length: tokens of the stored sequence.
-        groups: the KV heads whose query heads are wanted, ascending; None is all.
-
-    Raises:
-        ValueError: the payload does not fit the numbers, or the layer has no such groups.
-    """
-    groups = check_groups(layout, length, groups)
-    head = _sizes(layout, length, 0)
-    if payload.dtype != torch.uint8 or payload.ndim != 1 or len(payload) < head[0] + head[1]:
-        raise ValueError(_damaged(layout, length, f"{payload.dtype!r} {tuple(payload.shape)!r}"))
-    if not payload.is_contiguous() or payload.storage_offset() % 4:
-        payload = payload.clone()
-    panels = payload[head[0] : head[0] + head[1]].view(torch.uint32).to(torch.int64)
-    tiles = int(panels[-1])
-    sizes = _sizes(layout, length, tiles)
-    if panels[0] != 0 or (panels.diff() < 0).any() or sum(sizes) != len(payload):
-        raise ValueError(_damaged(layout, length, f"{len(payload)} bytes and {tiles} tiles"))
-    lse, _, columns, scales, cells = torch.split(payload, sizes)
-    own = layout.group * panels_of(length)  # panels of a KV group
-    picked = [slice(int(panels[g * own]), int(panels[(g + 1) * own])) for g in groups]
-
-    def of(part: Tensor) -> Tensor:
-        return torch.cat([part[span] for span in picked])
-
-    own_columns = of(columns.view(torch.uint16)[:tiles])
-    own_scales = of(scales.view(torch.bfloat16).view(-1, ROWS))
-    counts = panels.diff().view(layout.num_kv_heads, own)[list(groups)].flatten()
-    own_panels = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]).to(torch.uint32)
-    is_sound = _is_sound if _tiles is None else _is_sound_natively
-    if not is_sound(own_columns, own_scales, own_panels, length, layout.mask.causal):
-        problem = "a tile that its rows cannot see, or a scale of more than probabilities"
-        raise ValueError(_damaged(layout, length, problem))
-    own_lse = lse.view(torch.float32).view(layout.num_kv_heads, -1)[list(groups)]
-    return TiledMap(
-        layout,
-        length,
-        groups,
-        of(cells.view(-1, ROWS, COLUMNS)),
-        own_scales,
-        own_columns,
-        own_panels,
-        own_lse.reshape(-1, length).clone(),
-    )
+def is_sound(columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool) -> bool:
+    """Whether no panel has more tiles than its rows see, the product reads no further than the
+    values go, and every scale is one of probabilities."""
+    check = _is_sound if _tiles is None else _is_sound_natively
+    return check(columns, scales, panels, length, causal)
 
 
 def _is_sound(columns: Tensor, scales: Tensor, panels: Tensor, length: int, causal: bool) -> bool:
-    """Whether no panel has more tiles than its rows see, the product reads no further than the
-    values go, and every scale is one of probabilities."""
     last_row = torch.arange(panels_of(length)) * ROWS + ROWS - 1
     seen = last_row.clamp(max=length - 1) if causal else last_row * 0 + length - 1
     counts = panels.to(torch.int64).diff()
@@ -413,23 +331,4 @@ def _is_sound_natively(
         length,
         causal,
         largest,
-    )
-
-
-def _sizes(layout: MapLayout, length: int, tiles: int) -> list[int]:
-    """Bytes of log-sum-exps, panels, columns (an even number of them), scales and cells."""
-    heads = layout.num_heads
-    return [
-        4 * heads * length,
-        4 * (heads * panels_of(length) + 1),
-        2 * (tiles + tiles % 2),
-        2 * ROWS * tiles,
-        ROWS * COLUMNS * tiles,
-    ]
-
-
-def _damaged(layout: MapLayout, length: int, got: str) -> str:
-    return (
-        f"a tiled {layout.mask} map of {layout.num_heads} heads x {length} tokens must hold what "
-        f"its numbers say, got {got}; treat the record as damaged"
     )

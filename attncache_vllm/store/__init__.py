@@ -4,6 +4,7 @@
 from attncache_vllm.store.home import open_store
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.protocol import (
+    GrowingStore,
     MapStore,
     Namespace,
     Neighbour,
@@ -19,6 +20,7 @@ from attncache_vllm.store.records import MAX_LENGTH
 
 __all__ = [
     "MAX_LENGTH",
+    "GrowingStore",
     "LocalStore",
     "MapStore",
     "Namespace",

@@ -4,7 +4,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -253,3 +253,24 @@ class ServedStore(MapStore, Protocol):
     def health(self) -> StoreHealth:
         """What is wrong between this process and the store, beyond what calls raise. Asked after
         every lookup: answers at once, from what is known."""
+
+
+@runtime_checkable
+class GrowingStore(ServedStore, Protocol):
+    """A store that takes new entries while it is served from."""
+
+    def wants(self, token_hash: bytes, tenant: str) -> bool:
+        """Whether it is of use to record a sequence of a tenant. Asked in the forward pass: answers
+        at once, from what is known."""
+
+    def admit(self, record: Record, feature: NDArray[np.float32], tenant: str) -> bool:
+        """Have the store keep an entry, in the background.
+
+        Args:
+            record: all that is known of it; it may be found as soon as it is kept.
+            feature: float32 ``[F]``, of the published projector.
+            tenant: whose it is.
+
+        Returns:
+            False if it is not wanted, or too much waits already: it is then dropped.
+        """

@@ -23,6 +23,7 @@ from attncache_vllm.engine.calibrate import HitOf
 from attncache_vllm.engine.step import Sequence as Row
 from attncache_vllm.engine.step import template_hit
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
 
 FIT, CHOOSE, CHECK = sample_texts(0, 20), sample_texts(20, 12), sample_texts(40, 12)
@@ -159,6 +160,23 @@ def test_errors_are_those_of_the_published_plan(tmp_path: Path) -> None:
         mean, deviation = plan.plan.errors[layer]
         assert mean == pytest.approx(float(np.mean(errors.get(layer, [0.0]))), abs=1e-4)
         assert deviation == pytest.approx(float(np.std(errors.get(layer, [0.0]))), abs=1e-4)
+
+
+def test_a_set_that_was_measured_is_checked_with_the_corrections_it_was_measured_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SmallModel()
+    fits: list[str] = []
+    fitting = model.calibrator.fitting
+
+    def counted(source: Source, hit_of: HitOf) -> Any:
+        fits.append(source)
+        return fitting(source, hit_of)
+
+    monkeypatch.setattr(model.calibrator, "fitting", counted)
+    found = chooser(model, tmp_path).choose(EVERYTHING)
+    assert found is not None
+    assert len(fits) == len(found.curve)
 
 
 # -- going on ----------------------------------------------------------------------------------

@@ -286,10 +286,14 @@ def test_a_fitted_layer_serves_corrected_and_a_new_fit_begins_without() -> None:
     assert corrected < raw
     # What was fitted on is what is served: the layers after a corrected one saw it corrected.
     assert corrected == pytest.approx(fitted, rel=0.05)
+    both = calibrator.fitted("template")
     only_first = hits({0: maps_of(model, OTHER, 0)})
     with calibrator.fitting("template", only_first):
         model.run(texts)
     assert {layer for layer, of_layer in calibrator.corrections.items() if of_layer} == {0}
+    calibrator.correct("template", both)
+    with calibrator.serving(served):
+        assert damage() == corrected
 
 
 def test_corrections_are_fitted_on_one_step_and_the_same_one(model: SmallModel) -> None:

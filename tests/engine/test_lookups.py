@@ -29,7 +29,7 @@ from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.match import AlignedGate, AlignedMatch, nearest
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.sketch import sketch
-from attncache_vllm.reuse.tiles import encode_tiles
+from attncache_vllm.reuse.tile_codec import encode_tiles
 from attncache_vllm.store import (
     MAX_LENGTH,
     Neighbour,

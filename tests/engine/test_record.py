@@ -39,7 +39,7 @@ from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map
 from attncache_vllm.reuse.feature import pool_tokens
 from attncache_vllm.reuse.sketch import sketch
-from attncache_vllm.reuse.tiles import decode_tiles
+from attncache_vllm.reuse.tile_codec import decode_tiles
 from attncache_vllm.store import LocalStore, token_hash
 
 FAMILIES = {

@@ -24,7 +24,7 @@ from attncache_vllm.engine import compat, step
 from attncache_vllm.engine.canary import Canaries
 from attncache_vllm.engine.costs import Cost, Costs
 from attncache_vllm.engine.runtime import Serving
-from attncache_vllm.engine.step import Hit, Served, Step
+from attncache_vllm.engine.step import Hit, Recording, Served, Step
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.feature import pool_tokens
@@ -82,6 +82,23 @@ class FakeLookups:
         return future
 
 
+class FakeAdmissions:
+    """Records what has token ids, if it is ``willing``."""
+
+    def __init__(self, willing: bool = True) -> None:
+        self.willing = willing
+        self.begun: list[Recording] = []
+
+    def ready(self) -> bool:
+        return self.willing
+
+    def begin(self, sequence: step.Sequence, pooled: torch.Tensor) -> Recording | None:
+        if sequence.token_ids is None:
+            return None
+        self.begun.append(Recording(sequence, pooled))
+        return self.begun[-1]
+
+
 def make_canaries(share: float = 0.0) -> Canaries:
     every = tuple((0, 1) for _ in range(NUM_LAYERS))
     sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
@@ -93,12 +110,14 @@ def make_serving(
     lookups: FakeLookups | None,
     templates: Templates = NO_TEMPLATES,
     canaries: Canaries | None = None,
+    admissions: FakeAdmissions | None = None,
     **changes: Any,
 ) -> Serving:
     # The deadline is not what these tests are about, whatever else the machine does.
     update = {"min_tokens": 4, "lookup_deadline_ms": 60_000.0, **changes}
     given = Settings(store=Path("maps")).model_copy(update=update)
     any_lookups: Any = lookups
+    any_admissions: Any = admissions
     sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
     return Serving(
         any_lookups,
@@ -109,6 +128,7 @@ def make_serving(
         FEATURE_LAYER,
         GROUPS,
         sources,
+        any_admissions,
     )
 
 
@@ -305,6 +325,67 @@ def test_a_plan_of_templates_only_looks_nothing_up() -> None:
         "bypass: shorter than min_tokens": 1,
         "miss: nothing close enough": 1,
     }
+
+
+# -- recording ---------------------------------------------------------------------------------
+
+
+def known(lengths: Sequence[int]) -> Any:
+    """A step of prompts whose token ids are known."""
+    prompts = [compat.Prompt(n, np.arange(n, dtype=np.int32), SHARED_TENANT) for n in lengths]
+    return batch(lengths, prompts=prompts)
+
+
+@pytest.mark.parametrize("uses_features", [True, False])
+def test_the_first_text_that_no_entry_serves_is_recorded_and_nothing_serves_it(
+    uses_features: bool,
+) -> None:
+    lookups, admissions = FakeLookups([neighbour(), None, None], uses_features), FakeAdmissions()
+    serving, rows = make_serving(lookups, TEMPLATES, admissions=admissions), Rows()
+    states = hidden(18)
+    found = observe(serving, known([5, 6, 7]), states)
+    assert found.recording is None  # no layer has asked yet
+    assert sources_of(found)[1:3] == [{2: "template"}, {0: "neighbour"}]
+    [recording] = admissions.begun
+    assert found.recording is recording
+    assert recording.sequence.row == 1
+    assert torch.equal(recording.pooled, pool_tokens(states[5:11], SLOTS).half().float())
+    assert (lookups.asked[0].pooled is None) == (not uses_features)
+    assert serving.outcomes.reasons == {
+        "miss: recorded": 1,
+        "hit: neighbour": 1,
+        "hit: template": 1,
+    }
+    assert rows.since == (3 * 5 + 3 * 7, GROUPS * 18 - 3 * 5 - 3 * 7)
+
+
+@pytest.mark.parametrize("answer", [None, StoreTimeout("busy"), StoreError("gone")])
+def test_a_text_is_not_recorded_while_nobody_knows_whether_it_is_stored(answer: Any) -> None:
+    admissions = FakeAdmissions()
+    serving = make_serving(FakeLookups(answer), TEMPLATES, admissions=admissions)
+    assert sources_of(observe(serving, known([5]), hidden(5)))[1] == {0: "template"}
+    assert admissions.begun == []
+
+
+def test_a_text_is_not_recorded_where_maps_of_entries_would_not_pay_at_its_length() -> None:
+    admissions = FakeAdmissions()
+    serving = make_serving(FakeLookups([None, None]), TEMPLATES, admissions=admissions)
+    dear = [Cost(5, 1.0, 9.0, 0.0), Cost(10, 9.0, 1.0, 0.0)]
+    cheap = [Cost(5, 9.0, 1.0, 0.0), Cost(10, 9.0, 1.0, 0.0)]
+    measured: Any = {(1, manner): dear for manner in ("aligned", "neighbour", "own")}
+    serving.costs = Costs({**measured, (1, "template"): cheap})
+    found = observe(serving, known([5, 10]), hidden(15))
+    assert sources_of(found)[1] == {0: "template"}
+    assert [r.sequence.length for r in admissions.begun] == [10]
+
+
+def test_nothing_is_pooled_for_a_recording_that_is_not_due() -> None:
+    lookups = FakeLookups([None], uses_features=False)
+    serving = make_serving(lookups, admissions=FakeAdmissions(willing=False))
+    found = observe(serving, known([5]), hidden(5))
+    assert sources_of(found) == [{}] * NUM_LAYERS
+    assert found.recording is None
+    assert serving.outcomes.reasons == {"miss: nothing close enough": 1}
 
 
 # -- canaries ----------------------------------------------------------------------------------

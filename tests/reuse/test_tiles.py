@@ -20,13 +20,12 @@ from attncache_vllm.reuse.codec import encode_map
 from attncache_vllm.reuse.codecs import CODECS, DEFAULT_CODEC, decode_blocks, servable
 from attncache_vllm.reuse.layout import MapLayout, Mask
 from attncache_vllm.reuse.maps import RowBlocks
+from attncache_vllm.reuse.tile_codec import decode_tiles, encode_tiles
 from attncache_vllm.reuse.tiles import (
     COLUMNS,
     DROPPED,
     ROWS,
     TiledMap,
-    decode_tiles,
-    encode_tiles,
     multiplies,
     panels_of,
 )

@@ -80,6 +80,11 @@ class Admission:
             self._changed.notify()
             return True
 
+    def knows(self, entry_id: int) -> bool:
+        """Whether it was offered lately, and not lost."""
+        with self._changed:
+            return entry_id in self._known
+
     def close(self) -> None:
         """Forget what waits."""
         with self._changed:

@@ -46,7 +46,7 @@ _ADMISSION_BYTES_PER_SECOND = float(64 << 20)
 
 
 class RayStore:
-    """A ``ServedStore`` whose entries are in the shards of a Ray cluster.
+    """A ``GrowingStore`` whose entries are in the shards of a Ray cluster.
 
     Once connected, no fault raises anything but ``StoreError``: a gateway that has ended is started
     again in the background, and until then every call fails at once. Safe between threads.
@@ -163,12 +163,12 @@ class RayStore:
 
     # -- writing ------------------------------------------------------------------------------
 
-    def admit(self, record: Record, feature: Features, tenant: str) -> bool:
-        """Have the shards keep ``record``, in the background.
+    def wants(self, token_hash: bytes, tenant: str) -> bool:
+        """See ``GrowingStore``: what was admitted lately is not admitted again."""
+        return not self._admission.knows(entry_id(tenant, token_hash))
 
-        Returns:
-            False if it was admitted lately, or too much waits already: it is then dropped.
-        """
+    def admit(self, record: Record, feature: Features, tenant: str) -> bool:
+        """See ``GrowingStore``."""
         number = entry_id(tenant, record.token_hash)
         return self._admission.offer(Admitted(number, tenant, feature, record))
 

@@ -67,7 +67,9 @@ def load(
 
 
 def save(fanout: Fanout, folder: Path, digest: str | None = None) -> int:
-    """Make an embedded store of an edition's entries of the shared tenant.
+    """Make an embedded store of an edition's entries of the shared tenant that hold all layers of
+    its build: those that a server has admitted may hold the plan's only, and what is calibrated
+    from reads them all.
 
     Args:
         fanout: to the shards.
@@ -96,6 +98,7 @@ def save(fanout: Fanout, folder: Path, digest: str | None = None) -> int:
     data = fanout.every("edition", found, deadline=_soon(), shards=[home])[home]
     edition = Edition.from_bytes(data)
     features = []
+    layers = set(edition.build.get("layers", ()))
     with LocalStore.create(folder, edition.namespace, edition.build) as store:
         seen: set[int] = set()
         for shard in listed:
@@ -104,8 +107,10 @@ def save(fanout: Fanout, folder: Path, digest: str | None = None) -> int:
             ]
             for own, entry in exported(fanout, shard, found, ids):
                 seen.add(own)
-                store.put(decode_record(entry.record.data))
-                features.append(entry.feature)
+                record = decode_record(entry.record.data)
+                if layers <= record.maps.keys():
+                    store.put(record)
+                    features.append(entry.feature)
         if not features:
             raise StoreError(f"the edition {found[:16]} must have entries to be saved, got none")
         store.publish(

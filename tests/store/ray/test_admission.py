@@ -69,7 +69,9 @@ def test_entries_are_sent_in_turn_at_the_rate(sender: Sender, admission: Admissi
 
 def test_an_entry_is_sent_once(sender: Sender, admission: Admission) -> None:
     sender.let.set()
+    assert not admission.knows(1)
     assert admission.offer(entry(1))
+    assert admission.knows(1)
     assert not admission.offer(entry(1))
     eventually(lambda: sender.sent == [1])
     assert not admission.offer(entry(1)), "it is remembered after it was sent"
@@ -94,6 +96,7 @@ def test_what_cannot_be_sent_is_counted_and_may_come_again(
     sender.let.set()
     assert admission.offer(entry(1))
     eventually(lambda: admission.dropped == 1)
+    assert not admission.knows(1)
     sender.fails = False
     assert admission.offer(entry(1))
     eventually(lambda: sender.sent == [1])

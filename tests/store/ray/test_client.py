@@ -28,6 +28,7 @@ from store_samples import (
 )
 
 from attncache_vllm.errors import NamespaceMismatch, StoreError, StoreTimeout
+from attncache_vllm.store.protocol import GrowingStore
 from attncache_vllm.store.ray import client, connection, link
 from attncache_vllm.store.ray.channel import Channel
 from attncache_vllm.store.ray.client import RayStore
@@ -143,7 +144,11 @@ def test_more_records_than_fit_one_answer_are_loaded(store: RayStore) -> None:
 
 
 def test_an_admitted_entry_is_found_by_its_tenant_only(store: RayStore) -> None:
+    assert isinstance(store, GrowingStore)
+    assert store.wants(make_record(50).token_hash, TENANT)
     assert store.admit(make_record(50), make_features(51)[50], TENANT)
+    assert not store.wants(make_record(50).token_hash, TENANT)
+    assert store.wants(make_record(50).token_hash, ""), "another's"
     assert not store.admit(make_record(50), make_features(51)[50], TENANT), "each once"
     own = entry_id(TENANT, make_record(50).token_hash)
     eventually(lambda: own in nearest(store, TENANT))

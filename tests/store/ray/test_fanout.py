@@ -6,13 +6,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from shard_samples import FakeCalls, edition_of, make_entries
-from store_samples import ANY_LENGTH, make_features, make_record, make_sketch
+from store_samples import ANY_LENGTH, NAMESPACE, make_features, make_record, make_sketch
 
 from attncache_vllm.errors import StoreError, StoreTimeout
 from attncache_vllm.store import LocalStore
@@ -21,8 +22,10 @@ from attncache_vllm.store.ray.calls import FULL
 from attncache_vllm.store.ray.fanout import Fanout
 from attncache_vllm.store.ray.moving import move
 from attncache_vllm.store.ray.placement import Placement
+from attncache_vllm.store.ray.ring import entry_id
 from attncache_vllm.store.ray.shard import Limits
 from attncache_vllm.store.ray.transfer import load, save
+from attncache_vllm.store.records import encode_record
 
 ENTRIES = 12
 LENGTHS = np.array([ANY_LENGTH], dtype=np.int64)
@@ -345,6 +348,22 @@ def test_what_is_saved_is_what_was_loaded(store: Store, store_path: Path, tmp_pa
             [record] = second.load([found.entry_id], deadline=math.inf)
             assert found.distance == 0 and record is not None
             assert record.token_hash == make_record(number).token_hash
+
+
+def test_what_lacks_a_layer_of_the_build_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "layers"
+    with LocalStore.create(path, NAMESPACE, {"layers": [1, 3]}) as built:
+        for number in range(ENTRIES):
+            built.put(make_record(number))
+        built.publish({}, b"projector", {}, make_features(ENTRIES))
+    store = make_store(tmp_path, path, 2, 1)
+    admitted = make_record(ENTRIES)
+    record = b"".join(encode_record(replace(admitted, maps={3: admitted.maps[3]})))
+    number = entry_id("", admitted.token_hash)
+    entry = (number, make_features(1)[0], np.frombuffer(record, np.uint8), 0.0)
+    assert store.fanout.put(store.edition, "", [entry], store.clock() + 5) == [["kept"]]
+    assert number in store.found()
+    assert save(store.fanout, tmp_path / "saved") == ENTRIES
 
 
 def test_what_is_loaded_again_is_known(store: Store, store_path: Path) -> None:
