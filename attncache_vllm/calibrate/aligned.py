@@ -136,26 +136,34 @@ class AlignedChooser:
         damages = self._damages(choose)
         parcels = by_damage_per_saving(damages, self._saving, whole_layers=True)
 
-        def measure(candidate: Candidate) -> Fidelity:
-            return self._trials.get(
-                f"aligned {candidate.groups}",
-                partial(self._serve, candidate.groups, choose, measured),
-            )
-
-        curve = measure_curve(partial(candidates, parcels, self._saving), budget, measure)
         sensitivity = table(damages, self._saving.num_layers)
         chosen: dict[str, Chosen] = {}
-        for candidate in best_first(curve, budget):
-            gate, rate, figures = self._gate(candidate, check, budget)
-            if rate >= CHOOSE_RATE:
-                plan = SourcePlan(
-                    every_layer(candidate.groups, self._saving.num_layers),
-                    gate,
-                    errors=self._errors(candidate, choose),
-                    dropped=every_share(self._dropped, candidate.groups, self._saving.num_layers),
+        with progress() as bar:
+            measuring = bar.add_task("measuring sets, aligned", total=None)
+
+            def measure(candidate: Candidate) -> Fidelity:
+                bar.advance(measuring)
+                return self._trials.get(
+                    f"aligned {candidate.groups}",
+                    partial(self._serve, candidate.groups, choose, measured),
                 )
-                chosen["aligned"] = Chosen(plan, sensitivity, points(curve), figures)
-                break
+
+            curve = measure_curve(partial(candidates, parcels, self._saving), budget, measure)
+            checking = bar.add_task("checking sets on other edits", total=None)
+            for candidate in best_first(curve, budget):
+                bar.advance(checking)
+                gate, rate, figures = self._gate(candidate, check, budget)
+                if rate >= CHOOSE_RATE:
+                    plan = SourcePlan(
+                        every_layer(candidate.groups, self._saving.num_layers),
+                        gate,
+                        errors=self._errors(candidate, choose),
+                        dropped=every_share(
+                            self._dropped, candidate.groups, self._saving.num_layers
+                        ),
+                    )
+                    chosen["aligned"] = Chosen(plan, sensitivity, points(curve), figures)
+                    break
         chosen.update(self._prefix(chosen))
         return chosen
 

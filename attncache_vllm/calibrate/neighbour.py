@@ -126,13 +126,15 @@ class NeighbourChooser:
         parcels = by_damage_per_saving(damages, self._saving, whole_layers=True)
         sets_of = partial(candidates, parcels, self._saving)
         tried: list[tuple[float, Near, list[tuple[Candidate, Fidelity]]]] = []
-        for near_ in self._gates():
-            measured = Measured(self._model, near_.texts)
-            curve = measure_curve(sets_of, budget, partial(self._fidelity, near_, measured))
-            tried += [
-                (candidate.saving * len(near_.texts), near_, curve)
-                for candidate in best_first(curve, budget)[:1]
-            ]
+        with progress() as bar:
+            gates = self._gates()
+            for near_ in bar.track(gates, description="measuring sets by distance"):
+                measured = Measured(self._model, near_.texts)
+                curve = measure_curve(sets_of, budget, partial(self._fidelity, near_, measured))
+                tried += [
+                    (candidate.saving * len(near_.texts), near_, curve)
+                    for candidate in best_first(curve, budget)[:1]
+                ]
         for _, near_, curve in sorted(tried, key=lambda item: -item[0]):
             candidate, gate = best_first(curve, budget)[0], near_.distances[-1]
             checked = self._check.within(gate)
