@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.layout import MapLayout, Mask
 
 # Names by which models call the inputs of an attention module's forward.
@@ -163,3 +164,18 @@ def find_attention_modules(model: torch.nn.Module) -> list[AttentionModule]:
         found.append(AttentionModule(index, attention, module, inputs, read))
     times = Counter(item.index for item in found)
     return sorted((i for i in found if times[i.index] == 1), key=lambda item: item.index)
+
+
+def feature_module(modules: list[AttentionModule], index: int) -> AttentionModule:
+    """The module whose input features are made of.
+
+    Raises:
+        SettingsError: the model has no attention layer of this number.
+    """
+    for found in modules:
+        if found.index == index:
+            return found
+    raise SettingsError(
+        f"the feature layer must be an attention layer of the model, got {index!r}; it has "
+        f"{[found.index for found in modules]!r}"
+    )

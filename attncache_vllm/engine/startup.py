@@ -15,17 +15,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attncache_vllm.config import RecordSettings, Settings, load_settings
+from attncache_vllm.config import Settings, load_settings
 from attncache_vllm.engine import compat, costs, metrics
 from attncache_vllm.engine.admit import admissions_of
 from attncache_vllm.engine.canary import Canaries
-from attncache_vllm.engine.eligibility import Reach, reach_of, reaches_of, why_engine_bypassed
+from attncache_vllm.engine.eligibility import Reach, reaches_of, why_engine_bypassed
 from attncache_vllm.engine.layer import ReuseModule, ReuseScores
 from attncache_vllm.engine.lookups import Lookups
 from attncache_vllm.engine.meter import Meter
-from attncache_vllm.engine.modules import AttentionModule, find_attention_modules
+from attncache_vllm.engine.modules import AttentionModule, feature_module, find_attention_modules
 from attncache_vllm.engine.namespace import namespace_of, weights_fingerprint
-from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, activate
+from attncache_vllm.engine.offline import (
+    attach_calibration,
+    attach_recording,
+    check_begun_with,
+)
 from attncache_vllm.engine.runtime import Serving
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import SettingsError, StoreDamaged, StoreError
@@ -60,7 +64,7 @@ def check_before_start(vllm_config: VllmConfig) -> None:
         if bypassed is not None:
             raise SettingsError(f"maps cannot be recorded by this engine: {bypassed}")
         if (settings.folder / MANIFEST_NAME).exists():
-            _check_begun_with(Manifest.read(settings.folder), settings.record)
+            check_begun_with(Manifest.read(settings.folder), settings.record)
         return
     if isinstance(settings.store, str) and not settings.calibrate:
         # One connection to a cluster is enough, and it is the worker's.
@@ -86,9 +90,9 @@ def attach(model: torch.nn.Module, vllm_config: VllmConfig) -> None:
     modules = find_attention_modules(model)
     namespace = namespace_of(vllm_config, weights_fingerprint(model, modules))
     if settings.record is not None:
-        _attach_recording(modules, vllm_config, settings, namespace)
+        attach_recording(modules, vllm_config, settings, namespace)
     elif settings.calibrate:
-        _attach_calibration(modules, vllm_config, settings, namespace)
+        attach_calibration(modules, vllm_config, settings, namespace)
     else:
         _attach_serving(modules, vllm_config, settings, namespace)
 
@@ -129,7 +133,7 @@ def _attach_serving(
             if serving.admissions is not None:
                 serving.admissions.watch(found, serving)
         # Last, so that it comes before whatever stands around the feature layer's module.
-        feature = _feature_module(modules, plan.feature_layer)
+        feature = feature_module(modules, plan.feature_layer)
         ops.observe_input(feature, serving.observe)
         if settings.only_where_it_pays:
             meter = _meter(reusable, plan, store, serving, vllm_config)
@@ -242,7 +246,7 @@ def _serving(
         Canaries(plan, settings.canary_share, store.rearmed_at, _rearm_command(settings.store)),
         settings,
         projector.slots,
-        _feature_module(modules, plan.feature_layer).name,
+        feature_module(modules, plan.feature_layer).name,
         groups=namespace.num_layers * namespace.num_kv_heads,
         sources=tuple(plan.sources),
         admissions=admissions_of(store, plan, projector, reusable, settings.admit_per_minute),
@@ -339,81 +343,6 @@ def _count_bypass(reason: str, outcomes: metrics.Outcomes, source: compat.Metada
     outcomes.log(logger)
 
 
-def _attach_recording(
-    modules: list[AttentionModule],
-    vllm_config: VllmConfig,
-    settings: Settings,
-    namespace: Namespace,
-) -> None:
-    from attncache_vllm.engine import ops
-
-    assert settings.record is not None
-    wanted = [found for found in modules if found.index in settings.record.layers]
-    missing = sorted(set(settings.record.layers) - {found.index for found in wanted})
-    if missing:
-        raise SettingsError(
-            f"layers to record must be attention layers of the model, got {missing!r}; it has "
-            f"{[found.index for found in modules]!r}"
-        )
-    reaches = {found.index: reach_of(found, vllm_config) for found in wanted}
-    for index, reach in reaches.items():
-        if reach.skips == "nothing":
-            raise SettingsError(
-                f"layer {index} cannot be recorded: {reach.reason}; leave it out with --layers"
-            )
-    feature = _feature_module(modules, settings.record.feature_layer)
-    store = _open_for_recording(settings.folder, settings.record, namespace)
-    layouts = {found.index: found.layout for found in wanted}
-    recorder = Recorder(store, settings.record, feature.name, layouts)
-    for found in wanted:
-        found.attention.attncache_scores = RecordScores(found, recorder)
-        if reaches[found.index].skips == "module":
-            ops.replace_forward(found, RecordModule(found, recorder))
-    ops.observe_input(feature, recorder.observe)
-    activate(recorder)
-    logger.info("attncache: recording layers %s into %s", settings.record.layers, settings.folder)
-
-
-def _attach_calibration(
-    modules: list[AttentionModule],
-    vllm_config: VllmConfig,
-    settings: Settings,
-    namespace: Namespace,
-) -> None:
-    from attncache_vllm.engine import calibrate, ops
-
-    with LocalStore.open(settings.folder, namespace=namespace) as store:
-        feature = _feature_module(modules, Plan.from_dict(store.plan).feature_layer)
-    reaches = reaches_of(modules, vllm_config, namespace.num_layers)
-    # A step begins at the feature layer: nothing before it is served.
-    layers = [
-        found
-        for found in modules
-        if reaches[found.index].skips != "nothing" and found.index >= feature.index
-    ]
-    calibrator = calibrate.Calibrator(feature.name, layers)
-    for found in layers:
-        found.attention.attncache_scores = calibrate.CalibrateScores(found, calibrator)
-    ops.observe_input(feature, calibrator.observe)
-    calibrate.activate(calibrator)
-
-
-def _open_for_recording(path: Path, record: RecordSettings, namespace: Namespace) -> LocalStore:
-    if not (path / MANIFEST_NAME).exists():
-        return LocalStore.create(path, namespace, record.model_dump(mode="json"))
-    _check_begun_with(Manifest.read(path), record)
-    return LocalStore.open(path, writable=True, namespace=namespace)
-
-
-def _check_begun_with(manifest: Manifest, record: RecordSettings) -> None:
-    asked = record.model_dump(mode="json")
-    if manifest.build != asked:
-        raise SettingsError(
-            f"a store is extended with the settings it was begun with, {manifest.build!r}, "
-            f"got {asked!r}; give the same ones or another --store"
-        )
-
-
 def effective_plan(store: ServedStore, settings: Settings) -> Plan:
     """The store's plan, or the one that the settings name, with the gate that they set.
 
@@ -449,16 +378,6 @@ def _read_plan(path: Path) -> Plan:
             f"the plan must be a JSON file as `attncache inspect --plan` prints it, got "
             f"{str(path)!r}: {error}"
         ) from None
-
-
-def _feature_module(modules: list[AttentionModule], index: int) -> AttentionModule:
-    for found in modules:
-        if found.index == index:
-            return found
-    raise SettingsError(
-        f"the feature layer must be an attention layer of the model, got {index!r}; it has "
-        f"{[found.index for found in modules]!r}"
-    )
 
 
 def _device(modules: list[AttentionModule]) -> torch.device:
