@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 START_SECONDS = 300.0
-EXIT_SECONDS = 120.0
+EXIT_SECONDS = 300.0
 STOP_SECONDS = 20.0
 GRACE_SECONDS = 3.0
 
