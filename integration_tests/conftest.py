@@ -44,8 +44,11 @@ PATIENT = {
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-# Tests of two files run at once: threads that spin while they wait would keep the other's waiting.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Files of tests run at once, each of whose engines would take the same cores.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_getaffinity"):
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    cores = sorted(os.sched_getaffinity(0))[worker :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, cores)) or "auto")
 os.environ.setdefault("VLLM_CACHE_ROOT", str(assets.cache_root() / "vllm"))
 
 
