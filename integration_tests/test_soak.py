@@ -11,7 +11,7 @@ import pytest
 
 from integration_tests.processes import run
 
-SECONDS = 580.0
+SECONDS = 900.0
 
 
 @pytest.mark.timeout(SECONDS + 20)
