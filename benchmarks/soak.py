@@ -125,19 +125,21 @@ def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
             traffic.phase = "before"
             time.sleep(quiet)
             traffic.phase = "faults"
-            killed, stalls = 0, 0
+            killed, stalls, gone = 0, 0, 0
             for number in range(faults):
+                hog(nodes, store)
+                held = ids.keys() - missing(nodes, ids)  # full shards give up what is worth least
                 killed += kill(nodes, number % SHARDS)
                 stalls += stall(nodes, (number + 1) % SHARDS)
-                hog(nodes, store)
                 nodes.store("down", "--address", nodes.address)
                 nodes.store("up", "--config", settings)
+                gone += len(held & missing(nodes, ids))
             traffic.phase = "recovery"
             time.sleep(2 * PAUSE_SECONDS)
             traffic.phase = "after"
             time.sleep(quiet)
-        lost = missing(nodes, ids)
-    report = summarise(traffic.rounds, killed, stalls, lost)
+        evicted = len(missing(nodes, ids)) - gone
+    report = summarise(traffic.rounds, killed, stalls, gone, evicted)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -219,9 +221,11 @@ def lost(shards: RayStore, ids: dict[int, bytes]) -> list[int]:
     ]
 
 
-def missing(nodes: RayNodes, ids: dict[int, bytes]) -> int:
+def missing(nodes: RayNodes, ids: dict[int, bytes]) -> set[int]:
+    """What is gone, once every shard answers."""
     with connected(nodes) as shards:
-        return len(lost(shards, ids))
+        eventually(lambda: not shards.out(), seconds=120)
+        return set(lost(shards, ids))
 
 
 # -- faults ----------------------------------------------------------------------------------------
@@ -247,7 +251,7 @@ def stall(nodes: RayNodes, shard: int) -> int:
 
 
 def hog(nodes: RayNodes, store: Path) -> None:
-    """Another tenant puts more than it may have, which must cost the others nothing."""
+    """Another tenant puts more than it may have: shards are full, and evict."""
     console.print("a third tenant fills the shards")
     draw = np.random.default_rng(time.time_ns())
     with LocalStore.open(store) as opened, connected(nodes) as shards:
@@ -349,7 +353,9 @@ def hits(server: Server) -> float:
     return server.counters("attncache_sequences", "outcome").get("hit", 0.0)
 
 
-def summarise(rounds: Sequence[Round], killed: int, stalls: int, lost: int) -> dict[str, Any]:
+def summarise(
+    rounds: Sequence[Round], killed: int, stalls: int, lost: int, evicted: int
+) -> dict[str, Any]:
     def rate(phase: str) -> float:
         own = [one for one in rounds if one.phase == phase and one.kind == "own"]
         asked = sum(len(one.ms) for one in own)
@@ -371,6 +377,7 @@ def summarise(rounds: Sequence[Round], killed: int, stalls: int, lost: int) -> d
         "hit_rate_during": rate("faults"),
         "hit_rate_after": rate("after"),
         "lost_entries_after_restart": lost,
+        "evicted_entries": evicted,
     }
 
 

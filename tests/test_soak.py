@@ -15,7 +15,7 @@ def test_hits_under_foreign_salts_and_lost_answers_are_told() -> None:
         Round("recovery", "unseen", [10.0]),
         Round("after", "own", [10.0] * 4, hits=3),
     ]
-    report = summarise(rounds, killed=2, stalls=1, lost=3)
+    report = summarise(rounds, killed=2, stalls=1, lost=3, evicted=4)
     assert report == {
         "requests": 13,
         "failed": 1,
@@ -30,5 +30,6 @@ def test_hits_under_foreign_salts_and_lost_answers_are_told() -> None:
         "hit_rate_during": 0.5,
         "hit_rate_after": 0.75,
         "lost_entries_after_restart": 3,
+        "evicted_entries": 4,
     }
     assert 450 < report["p99_ms"] <= 500

@@ -26,6 +26,8 @@ from attncache_vllm.store.ray.shard import Limits, Shard
 logger = logging.getLogger(__name__)
 
 RAY_NAMESPACE = "attncache"
+# To join by Ray Client; see `join`.
+_ATTEMPTS = 3
 
 _THREADS = {"read": 4, "write": 1, "control": 2}
 # Of one caller: a shard that hangs must not make its callers grow.
@@ -138,22 +140,28 @@ def _shard_of(folder: Path, limits: Limits, key: bytes | None) -> Shard:
 
 def join(address: str) -> None:
     """Become a driver of the Ray cluster at ``address``; ``StoreError`` if it cannot be reached."""
-    try:
-        ray.init(
-            address=address,
-            namespace=RAY_NAMESPACE,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-    except Exception as error:
-        # Of Ray Client's the first line is a title, and the last one says why.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
-        raise StoreError(
-            f"the Ray cluster at {address!r} must be reachable, got {type(error).__name__}: "
-            f"{reason}; bring it up with 'attncache store up', and set RAY_AUTH_MODE=token if it "
-            "asks for a token"
-        ) from error
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            ray.init(
+                address=address,
+                namespace=RAY_NAMESPACE,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+            return
+        except Exception as error:
+            # Ray Client's proxy forks a process for each client while its own threads run, and now
+            # and then that one never begins (Ray 2.60).
+            if isinstance(error, ConnectionAbortedError) and left:
+                continue
+            # Of Ray Client's the first line is a title, and the last one says why.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = " ... ".join(dict.fromkeys(lines[:1] + lines[-1:]))
+            raise StoreError(
+                f"the Ray cluster at {address!r} must be reachable, got {type(error).__name__}: "
+                f"{reason}; bring it up with 'attncache store up', and set RAY_AUTH_MODE=token if "
+                "it asks for a token"
+            ) from error
 
 
 def on(machine: str) -> dict[str, float]:

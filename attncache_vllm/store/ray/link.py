@@ -19,7 +19,7 @@ from attncache_vllm.store.ray.messages import Open
 logger = logging.getLogger(__name__)
 
 # Ray takes about three seconds to join, and thirty to give up.
-_OPEN_SECONDS = 60.0
+_OPEN_SECONDS = 120.0
 # A gateway sends news every second. One that is silent for so long is ended.
 _SILENT_SECONDS = 10.0
 _LOOK_SECONDS = 0.5
