@@ -57,7 +57,7 @@ from attncache_vllm.store.protocol import Record
 CHOOSE_RATE = 0.05
 GATE_RATES = (0.02, 0.05, 0.1, 0.2)
 # Tokens of the texts that the damage of every single layer is measured on.
-PROBE_TOKENS = 4096
+PROBE_TOKENS = 2048
 # Bounds of the texts that are edited.
 FEWEST = 8
 MAX_TEXTS = 256
