@@ -25,6 +25,7 @@ def serve(
     *,
     task: Sequence[str] = MEAN_EMBEDDINGS,
     timeout: float = 300.0,
+    cores: Sequence[int] = (),
 ) -> Iterator[Server]:
     """As :func:`attncache_vllm.evaluate.server.serve`.
 
@@ -32,5 +33,5 @@ def serve(
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    with server.serve(model, [*task, *arguments], log, timeout=timeout) as running:
+    with server.serve(model, [*task, *arguments], log, timeout=timeout, cores=cores) as running:
         yield running

@@ -114,9 +114,16 @@ def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
         )
         nodes.store("up", "--config", settings)
         ids = fill_shards(nodes, store, texts, model)
+        # vLLM would have both compute on the same cores, and poll there when they are idle.
+        cores = sorted(os.sched_getaffinity(0))
         servers = [
             stack.enter_context(
-                serve(model, server_options(nodes, store), folder / f"server-{number}.log")
+                serve(
+                    model,
+                    server_options(nodes, store),
+                    folder / f"server-{number}.log",
+                    cores=cores[number::2],
+                )
             )
             for number in range(2)
         ]

@@ -75,7 +75,12 @@ class Server:
 
 @contextmanager
 def serve(
-    model: str | Path, arguments: Sequence[str], log: Path, *, timeout: float = 600.0
+    model: str | Path,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    timeout: float = 600.0,
+    cores: Sequence[int] = (),
 ) -> Iterator[Server]:
     """Start ``vllm serve``, yield when healthy, end its whole group.
 
@@ -85,6 +90,8 @@ def serve(
             unless they say otherwise.
         log: file for what it prints.
         timeout: seconds until it must be healthy.
+        cores: those that the model computes on; none is vLLM's own choice, which is the same for
+            every server of a machine.
 
     Raises:
         ServerError: it exited, or was not healthy within ``timeout`` seconds.
@@ -100,7 +107,7 @@ def serve(
     with (
         tempfile.TemporaryDirectory() as metrics,
         log.open("w") as output,
-        group(command, stdout=output, stderr=output, env=_environment(metrics)) as process,
+        group(command, stdout=output, stderr=output, env=_environment(metrics, cores)) as process,
     ):
         server = Server(f"http://127.0.0.1:{port}", log, process)
         _await_health(server, process, timeout)
@@ -118,13 +125,15 @@ def group(command: list[str], **options: Any) -> Iterator[subprocess.Popen[bytes
         _end(process)
 
 
-def _environment(metrics: str) -> Mapping[str, str]:
+def _environment(metrics: str, cores: Sequence[int]) -> Mapping[str, str]:
+    bound = {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores))} if cores else {}
     return {
         # GiB of KV cache on a CPU, where vLLM takes half the memory; prefill-only needs little.
         "VLLM_CPU_KVCACHE_SPACE": "1",
         **os.environ,
         # Counters live in the worker; this folder carries them to the process behind /metrics.
         "PROMETHEUS_MULTIPROC_DIR": metrics,
+        **bound,
     }
 
 
