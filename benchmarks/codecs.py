@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a map takes in each encoding, how long its product with the values takes, and how much of the
-answer it keeps: ``python -m benchmarks.codecs``. Writes ``codecs.json`` below ``--out``.
+"""What a map takes in each encoding, how long its product with the values takes, and how much of
+the answer it keeps: ``python -m benchmarks.codecs``. Writes ``codecs.json`` below ``--out``.
 
-Maps and values are the model's own, of news cut at each length, computed by transformers in float32;
-some layers stand for all. The baseline is the dense square in bfloat16, the heads of a KV group
-folded into the rows of one product. Forms take turns on one thread, and an error is that of a row's
-heads against float32, relative, as a mean over rows: that of the baseline is bfloat16's own.
+Maps and values are the model's own, of news cut at each length, computed by transformers in
+float32; some layers stand for all. The baseline is the dense square in bfloat16, the heads of a KV
+group folded into the rows of one product. Forms take turns on one thread, and an error is that of a
+row's heads against float32, relative, as a mean over rows: that of the baseline is bfloat16's own.
 """
 
 from __future__ import annotations
