@@ -2,17 +2,19 @@
 """``make bench``: what a hit and a miss cost end to end, against vLLM's own backend.
 
 Three live engines are asked in turn: vLLM as it is (``standard``), the plugin (``hit``: every text
-is stored, ``cold``: the same with no decoded map in memory, ``miss``: none is, ``mixed``: every
-other one is), and the floor of what reuse of maps can cost (``floor``: V rows and no map). Lookup
-and loading are inside the clock, speed-ups are those of pairs that were measured side by side.
-Maps are those of the texts themselves in all layers but the first two: what other maps would keep
-is another question, see ``make eval``. Writes ``report.json`` and ``bench.png`` below ``--out``.
+is stored, ``pruned``: the same from maps that have lost what a calibration often lets them,
+``cold``: with no decoded map in memory, ``miss``: none is stored, ``mixed``: every other one
+is), and the floor of what reuse of maps can cost (``floor``: V rows and no map). Lookup and loading
+are inside the clock, speed-ups are those of pairs that were measured side by side. Maps are those
+of the texts themselves in all layers but the first two: what other maps would keep is another
+question, see ``make eval``. Writes ``report.json`` and ``bench.png`` below ``--out``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import signal
@@ -42,14 +44,17 @@ from benchmarks.server import MEAN_EMBEDDINGS
 LENGTHS = (128, 512, 2048)
 FULL_LENGTHS = (128, 512, 1024, 2048, 4096)
 # Every length and batch size is given about so long; a round of long ones takes its own time.
-SECONDS, FULL_SECONDS = 40.0, 300.0
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 31
+SECONDS, FULL_SECONDS = 30.0, 300.0
+FEWEST_ROUNDS, MOST_ROUNDS = 4, 31
 # Just wide enough for the rounding of a feature that was computed in another batch.
 OWN_MAPS = 0.02
 # The lookup runs beside the first layers, which also tolerate other maps least.
 FIRST_REUSED = 2
 # Tokens of a batch of many, and most sequences of it.
 MANY_TOKENS, MANY = 1024, 8
+COLUMNS = ("standard", "floor", "hit", "pruned", "cold", "miss", "mixed")
+# Of a row, beside its largest probability, in every layer.
+PRUNED = 0.05
 console = Console()
 
 
@@ -131,9 +136,9 @@ def measure(
     """Figures of batches of ``size``; each round asks every engine once for every column. Without
     ``rounds`` there are as many as ``budget`` seconds allow."""
     stored, unseen = texts.stored, texts.unseen
-    columns = ["standard", "floor", "hit", "cold", "miss", "mixed"]
-    seconds: dict[str, list[float]] = {column: [] for column in columns}
-    worst, answers = 0.0, {}
+    seconds: dict[str, list[float]] = {column: [] for column in COLUMNS}
+    worst = dict.fromkeys(("hit", "pruned"), 0.0)
+    answers: dict[str, Reply] = {}
     label = f"{len(stored[0])} tokens, batches of {size}"
     number, last = -1, 0  # the first round warms up
     started = time.monotonic()
@@ -145,29 +150,35 @@ def measure(
             "standard": ("standard", [hit], 0),
             "floor": ("floor", [hit], 0),
             "hit": ("reuse", [hit], size),
+            "pruned": ("reuse", [hit], size),
             "cold": ("reuse", [hit], size),
             "miss": ("reuse", [miss], 0),
             "mixed": ("reuse", [hit[:half] + miss[half:]] if half else [hit, miss], half or 1),
         }
         # In another order every round, so that no column always follows the same one.
-        order = columns[number % len(columns) :] + columns[: number % len(columns)]
+        order = COLUMNS[number % len(COLUMNS) :] + COLUMNS[: number % len(COLUMNS)]
         for column in order:
             name, batches, hits = asked[column]
             # Off the clock: no engine comes to its turn colder than another. Hits have their maps
             # in memory then, and `cold` forgets them again.
-            engines[name].ask(hit if column in ("hit", "mixed") else batches[0])
-            replies = [engines[name].ask(batch, cold=column == "cold") for batch in batches]
+            dropped = PRUNED if column == "pruned" else 0.0
+            engines[name].ask(hit if column == "mixed" else batches[0], dropped=dropped)
+            replies = [
+                engines[name].ask(batch, cold=column == "cold", dropped=dropped)
+                for batch in batches
+            ]
             if (found := sum(reply.hits for reply in replies)) != hits:
                 raise RuntimeError(
                     f"{label}: {hits} of a batch of {column!r} must be hits, got {found}; the "
                     "figures would be those of something else"
                 )
-            if column in ("hit", "standard"):
-                answers[column] = replies[0]
+            answers[column] = replies[0]
             if number >= 0:
                 total = sum(reply.seconds for reply in replies)
                 seconds[column].append(total / sum(map(len, batches)))
-        worst = max(worst, _error(answers["hit"], answers["standard"]))
+        for column in worst:
+            error = _error(answers[column], answers["standard"])
+            worst[column] = max(worst[column], error)
         if number < 0:
             allowed = round(budget / (time.monotonic() - started)) - 1
             last = (rounds or min(MOST_ROUNDS, max(FEWEST_ROUNDS, allowed))) - 1
@@ -175,12 +186,13 @@ def measure(
         number += 1
     tokens = len(stored[0])
     return {
-        **{f"{column}_ms": _ms(seconds[column], 50) for column in columns},
-        "p99_ms": {column: _ms(seconds[column], 99) for column in columns},
+        **{f"{column}_ms": _ms(seconds[column], 50) for column in COLUMNS},
+        "p99_ms": {column: _ms(seconds[column], 99) for column in COLUMNS},
         "tokens_per_second": {
-            column: round(tokens / statistics.median(seconds[column])) for column in columns
+            column: round(tokens / statistics.median(seconds[column])) for column in COLUMNS
         },
         "hit_speedup": _ratios(seconds["standard"], seconds["hit"]),
+        "pruned_speedup": _ratios(seconds["standard"], seconds["pruned"]),
         "cold_speedup": _ratios(seconds["standard"], seconds["cold"]),
         "mixed_speedup": _ratios(seconds["standard"], seconds["mixed"]),
         "floor_speedup": _ratios(seconds["standard"], seconds["floor"]),
@@ -189,9 +201,10 @@ def measure(
             for ratio in reversed(_ratios(seconds["standard"], seconds["miss"]))
         ],
         "hit_over_floor": _ratios(seconds["floor"], seconds["hit"]),
+        "pruned_over_floor": _ratios(seconds["floor"], seconds["pruned"]),
         "batch": size,
         "rounds": last + 1,
-        "worst_error": round(worst, 5),
+        "worst_error": {column: round(error, 5) for column, error in worst.items()},
     }
 
 
@@ -298,31 +311,34 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": name or platform.processor(),
         "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f" {f}" in flags],
-        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
         "versions": {n: version(n) for n in ("attncache-vllm", "vllm", "torch")},
     }
 
 
 def show(report: dict[str, Any]) -> None:
     table = Table(title="ms per sequence (medians); ratios of pairs: 5 %, median, 95 %")
-    for header in ("tokens", "batch", "standard", "miss", "hit", "cold", "mixed", "floor"):
+    for header in ("tokens", "batch", *COLUMNS):
         table.add_column(header)
-    for header in ("hit speed-up", "miss overhead", "of the floor"):
+    ratios = {
+        "hit speed-up": "hit_speedup",
+        "pruned": "pruned_speedup",
+        "of the floor": "hit_over_floor",
+        "pruned of the floor": "pruned_over_floor",
+    }
+    for header in (*ratios, "miss overhead"):
         table.add_column(header)
     for length, alone in report["lengths"].items():
         for row in (alone, *([alone["many"]] if "many" in alone else [])):
             table.add_row(
                 length,
                 str(row["batch"]),
-                *(
-                    f"{row[f'{name}_ms']:.1f}"
-                    for name in ("standard", "miss", "hit", "cold", "mixed", "floor")
-                ),
-                " ".join(f"{ratio:.2f}" for ratio in row["hit_speedup"]),
+                *(f"{row[f'{name}_ms']:.1f}" for name in COLUMNS),
+                *(" ".join(f"{ratio:.2f}" for ratio in row[key]) for key in ratios.values()),
                 " ".join(f"{share:.1%}" for share in row["miss_overhead"]),
-                " ".join(f"{ratio:.2f}" for ratio in row["hit_over_floor"]),
             )
-    console.print(table)
+    # As wide as it has to be, in a log as well.
+    Console(width=200).print(table)
     recording = report["recording"]
     console.print(
         f"recording: {recording['texts']} texts, {recording['sequences_per_second']} a second, "
@@ -337,7 +353,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     lengths = [int(length) for length in report["lengths"]]
-    for name in ("floor", "hit", "cold", "mixed"):
+    for name in ("floor", "pruned", "hit", "cold", "mixed"):
         triples = [row[f"{name}_speedup"] for row in report["lengths"].values()]
         low, middle, high = (list(part) for part in zip(*triples, strict=True))
         axes.plot(lengths, middle, marker="o", label=name)

@@ -3,7 +3,8 @@
 
 A machine's speed drifts by more than what is measured, so engines live side by side, each in a
 process of its own, and batches alternate between them. Front ends are left out: a batch is timed
-from the engine's input to its answers.
+from the engine's input to its answers. The core that ``vllm serve`` keeps for its front end is not
+computed on either.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
 
+from attncache_vllm.reuse.plan import Plan
 from benchmarks.server import MEAN_EMBEDDINGS
 
 Mode = Literal["standard", "reuse", "floor"]
@@ -44,9 +46,12 @@ class Engine:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
 
-    def ask(self, prompts: Prompts, cold: bool = False, profile: bool = False) -> Reply:
-        """Answers to token ids; ``cold`` forgets decoded maps first, outside the clock."""
-        self._pipe.send((prompts, cold, profile))
+    def ask(
+        self, prompts: Prompts, cold: bool = False, profile: bool = False, dropped: float = 0.0
+    ) -> Reply:
+        """Answers to token ids; ``cold`` forgets decoded maps first, outside the clock, and so does
+        another share that maps have ``dropped`` than before (see ``TiledMap.pruned``)."""
+        self._pipe.send((prompts, cold, profile, dropped))
         reply: Reply = self._pipe.recv()
         return reply
 
@@ -70,7 +75,8 @@ def engine(
     process = context.Process(
         target=_run, args=(far, mode, model, max_tokens, log, settings), daemon=True
     )
-    process.start()
+    with _bound():
+        process.start()
     far.close()
     try:
         if near.recv() != "ready":
@@ -83,6 +89,29 @@ def engine(
         process.join(30)
         if process.is_alive():
             process.kill()
+
+
+@contextmanager
+def _bound() -> Iterator[None]:
+    """Processes that are started meanwhile compute on all cores but the first, if there are more:
+    what ``vllm serve`` binds its worker to, in the same way."""
+    cores = sorted(os.sched_getaffinity(0))
+    cores = cores[1:] or cores
+    binding = {
+        "OMP_NUM_THREADS": str(len(cores)),
+        "OMP_PLACES": f"{{{','.join(map(str, cores))}}}",
+        "OMP_PROC_BIND": "true",
+    }
+    before = {name: os.environ.get(name) for name in binding}
+    os.environ.update(binding)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _run(
@@ -114,22 +143,25 @@ def _run(
     pipe.send("ready")
     while True:
         try:
-            prompts, cold, profile = pipe.recv()
+            prompts, cold, profile, dropped = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(llm, prompts, cold, profile))
+        pipe.send(_answer(llm, prompts, cold, profile, dropped))
 
 
-def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool) -> Reply:
+def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool, dropped: float) -> Reply:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
     from attncache_vllm.engine.runtime import serving_of
 
     serving = serving_of(llm.llm_engine.vllm_config)
-    if cold and serving is not None:
+    if serving is not None:
         lookups: Any = serving._lookups
-        lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
+        plan = _dropping(lookups._plan, dropped)
+        if cold or plan != lookups._plan:
+            lookups._plan = plan
+            lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
     given = [{"prompt_token_ids": list(ids)} for ids in prompts]
     before = 0 if serving is None else serving.outcomes.sequences["hit"]
     operators = {}
@@ -143,6 +175,13 @@ def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool) -> Reply:
     answers = [output.outputs.data.float().tolist() for output in outputs]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return Reply(seconds, hits, answers, peak, operators)
+
+
+def _dropping(plan: Plan, share: float) -> Plan:
+    """The plan whose maps have lost ``share`` in every layer."""
+    dropped = (share,) * plan.num_layers if share else ()
+    sources = {name: replace(part, dropped=dropped) for name, part in plan.sources.items()}
+    return replace(plan, sources=sources)
 
 
 def _serve_no_maps() -> None:
