@@ -17,8 +17,9 @@ Damages = Mapping[tuple[int, int], float]
 Groups = dict[int, tuple[int, ...]]
 T = TypeVar("T")
 
-# Shares of the KV groups at which a curve is measured.
-SHARES = (1 / 8, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
+# Shares of the KV groups at which a curve is measured; below the first it is halved if that is too
+# much.
+SHARES = (1 / 4, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
 # So far below the budget a curve does not come back.
 HOPELESS = 0.006
 # So often the gap between what is inside the budget and what is not is halved.

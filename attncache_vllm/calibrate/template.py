@@ -40,8 +40,10 @@ from attncache_vllm.reuse.template import Templates, TemplateSums, bucket_of
 
 # Tokens that the damage of every single KV group is measured on, and where texts are cut for it:
 # only the order of the damages matters, and there are many groups.
-PROBE_TOKENS = 2560
+PROBE_TOKENS = 2048
 PROBE_LENGTH = 256
+# Tokens that the errors of served layers are averaged over.
+ERROR_TOKENS = 12_288
 
 
 class TemplateChooser:
@@ -177,8 +179,9 @@ class TemplateChooser:
 
     def _errors(self, candidate: Candidate) -> tuple[tuple[float, float], ...]:
         """Per layer mean and deviation of what canaries will measure."""
+        texts = self._choose.texts[: how_many(self._choose.texts, ERROR_TOKENS)]
         with self._calibrator.comparing(self._hits(candidate.groups)) as errors:
-            self._model.run(self._choose.texts)
+            self._model.run(texts)
         return error_bands(errors, self._saving.num_layers)
 
     def _hits(self, groups: Groups) -> HitOf:

@@ -105,7 +105,7 @@ def test_a_curve_ends_where_it_does_not_come_back() -> None:
     given_ = dict(zip(first, ranks, strict=True))
     curve = measure_curve(sets_of, BUDGET, lambda item: kept(given_.get(size_of(item), 0.91)))
     # A dip is passed, what is hopeless is the last that is shown.
-    assert [size_of(item) for item, _ in curve] == [3, 6, 8, 10, 11, 12]
+    assert [size_of(item) for item, _ in curve] == [6, 8, 12, 14, 15, 16]
     ranks = [point["rank_fidelity"] for point in points(curve)]
     assert ranks == [0.99, 0.897, 0.95, 0.91, 0.91, 0.884]
 
@@ -131,11 +131,11 @@ def test_the_gap_between_inside_and_outside_is_halved(largest: int) -> None:
 
 
 def test_a_curve_of_a_task_ends_with_the_task() -> None:
-    changes = {3: 0.01, 6: -0.02, 7: -0.03, 8: -0.08}
+    changes = {6: 0.01, 7: -0.02, 8: -0.08}
     budget = Budget(0.0, 0.0, task=0.02)
     curve = measure_curve(sets_of, budget, lambda item: kept(0.1, 0.1, changes[size_of(item)]))
-    assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.03, -0.08]
-    assert [size_of(item) for item in best_first(curve, budget)] == [6, 3]
+    assert [point["task_change"] for point in points(curve)] == [0.01, -0.02, -0.08]
+    assert [size_of(item) for item in best_first(curve, budget)] == [7, 6]
     assert "task_change" not in points([(candidate(1), kept(0.9))])[0]
 
 
