@@ -37,7 +37,7 @@ LAYERS = (2, 10, 20, 29)
 DROPPED = (0.0, 0.02, 0.05, 0.1, 0.2)
 BUDGET_SECONDS = 3.0
 Form = Callable[[Tensor, Tensor], object]
-console = Console()
+console = Console(width=120)  # as wide as the table has to be, in a log as well
 
 
 def main() -> None:
