@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,7 @@ def measure(probs: Tensor, value: Tensor) -> list[dict[str, Any]]:
                 lost = f"{name}, {share:.0%} lost"
                 stored[lost] = decoded.pruned(share)
                 sizes[lost] = stored[lost].nbytes
-    for name, found in stored.items():
-        forms[name] = lambda value, out, found=found: apply_map(found, value, out)
+    forms |= {name: partial(apply_map, found) for name, found in stored.items()}
     out = torch.empty(length, heads * value.shape[2], dtype=torch.bfloat16)
     seconds = timed(forms, value, out)
     rows = []
@@ -145,7 +145,7 @@ def timed(forms: dict[str, Form], value: Tensor, out: Tensor) -> dict[str, float
 
 
 def error_of(found: Tensor, exact: Tensor) -> float:
-    return ((found - exact).norm(dim=1) / exact.norm(dim=1)).mean().item()
+    return float(((found - exact).norm(dim=1) / exact.norm(dim=1)).mean())
 
 
 def show(rows: list[dict[str, Any]]) -> None:
