@@ -29,8 +29,8 @@ _CANDIDATES = 4
 
 AUTO = "auto"
 EXACT = "Flat"
-# Rows up to which comparing with all of them is fast enough beside a model: `benchmarks/lookup.py`.
-_EXACT_UP_TO = 16_384
+# Rows up to which comparing 32 queries with all of them takes about as long as an inverted file.
+_EXACT_UP_TO = 8192
 # How many of its lists an inverted file looks through.
 _PROBES = 32
 # Farther than any feature: what is forgotten must not stand before what is not.
@@ -38,7 +38,7 @@ _FAR = 1e15
 
 
 def chosen_factory(factory: str, rows: int, dim: int) -> str:
-    """``factory``, or what ``auto`` stands for: an exact index, and beyond 16,384 rows an inverted
+    """``factory``, or what ``auto`` stands for: an exact index, and beyond 8,192 rows an inverted
     file of about twice as many lists as the square root of the rows.
 
     Its lists are of product codes, 4 bits for each pair of values (for each value, if their number
