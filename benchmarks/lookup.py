@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for count in map(int, options.entries.split(",")):
-        for factory in dict.fromkeys(("Flat", chosen_factory("auto", count))):
+        for factory in dict.fromkeys(("Flat", chosen_factory("auto", count, DIM))):
             rows.append(measure(count, factory))
             Console().print(rows[-1])
     options.out.mkdir(parents=True, exist_ok=True)

@@ -164,7 +164,7 @@ def alone(folder: Path, batches: dict[str, Any], lookups: int) -> dict[str, Any]
     """The search of one shard in this process, by kind of query."""
     shard = opened(folder)
     count = shard.stats()["entries"]
-    found: dict[str, Any] = {"entries": count, "index": chosen_factory("auto", count)}
+    found: dict[str, Any] = {"entries": count, "index": chosen_factory("auto", count, DIM)}
     try:
         for kind, (queries, usable) in batches.items():
             asked = (EDITION.digest, [SHARED_TENANT] * QUERIES, queries, np.array(usable))

@@ -66,7 +66,7 @@ def build(
         str,
         typer.Option(
             help="`Flat`, or the faiss factory string of an inverted file; `auto` is `Flat` up to "
-            "16,384 entries, and beyond an inverted file, which may miss a nearest entry."
+            "8,192 entries, and beyond an inverted file, which may miss a nearest entry."
         ),
     ] = "auto",
     codec: Annotated[

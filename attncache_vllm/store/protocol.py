@@ -4,7 +4,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgpack
 import numpy as np
@@ -64,8 +64,7 @@ class Namespace:
         return {name: value for name, value in self.to_dict().items() if name != "model"}
 
 
-@dataclass(frozen=True)
-class Neighbour:
+class Neighbour(NamedTuple):
     """An entry near a query: its L2 distance (not squared) and its length in tokens."""
 
     entry_id: int

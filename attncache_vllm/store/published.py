@@ -60,7 +60,7 @@ def write_published(
     if not np.isfinite(features).all():
         raise StoreError("features must be finite, got NaN or infinity; train again")
     features = np.ascontiguousarray(features, dtype="<f4")
-    factory = chosen_factory(factory, len(features))
+    factory = chosen_factory(factory, *features.shape)
     build_index(features, factory)  # refused now, not when the store is opened
     contents = {
         "projector": projector,

@@ -8,24 +8,28 @@ import pytest
 from attncache_vllm.errors import StoreError
 from attncache_vllm.store.index import AUTO, FeatureIndex, build_index, chosen_factory
 
-ROWS, DIM, LISTS = 4096, 16, 128
+ROWS, DIM = 4096, 16
+CODED = "IVF128,PQ8x4fs"
 NEVER = float("inf")
 EVERY_LENGTH = (1, 2**31)
 
 
 @pytest.mark.parametrize(
-    ("rows", "factory"),
+    ("rows", "dim", "factory"),
     [
-        (1, "Flat"),
-        (16_384, "Flat"),
-        (16_385, "IVF512,SQfp16"),
-        (100_000, "IVF1024,SQfp16"),
-        (1_000_000, "IVF4096,SQfp16"),
+        (1, 128, "Flat"),
+        (8192, 128, "Flat"),
+        (8193, 128, "IVF256,PQ64x4fs"),
+        (100_000, 128, "IVF512,PQ64x4fs"),
+        (100_000, 15, "IVF512,PQ15x4fs"),
+        (1_000_000, 128, "IVF2048,PQ64x4fs"),
     ],
 )
-def test_a_store_is_searched_in_parts_only_when_it_is_large(rows: int, factory: str) -> None:
-    assert chosen_factory(AUTO, rows) == factory
-    assert chosen_factory("IVF8,Flat", rows) == "IVF8,Flat"
+def test_a_store_is_searched_in_parts_only_when_it_is_large(
+    rows: int, dim: int, factory: str
+) -> None:
+    assert chosen_factory(AUTO, rows, dim) == factory
+    assert chosen_factory("IVF8,Flat", rows, dim) == "IVF8,Flat"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def features() -> np.ndarray:
 
 
 def inverted(features: np.ndarray, lengths: list[int]) -> FeatureIndex:
-    return FeatureIndex(features, lengths, f"IVF{LISTS},SQfp16")
+    return FeatureIndex(features, lengths, CODED)
 
 
 @pytest.mark.parametrize("factory", ["HNSW8", "PQ4", "nonsense", "IVF9999,Flat"])
@@ -45,15 +49,23 @@ def test_what_is_no_inverted_file_of_so_many_rows_is_refused(
         build_index(features[:99], factory)
 
 
-def test_an_inverted_file_finds_what_is_near(features: np.ndarray) -> None:
-    built = build_index(features, f"IVF{LISTS},SQfp16")
-    assert built is not None and built.nprobe == LISTS // 64
-    index = inverted(features, [7] * ROWS)
+@pytest.mark.parametrize(("factory", "probes"), [(CODED, 32), ("IVF8,SQfp16", 8)])
+def test_an_inverted_file_is_looked_through_in_part(
+    features: np.ndarray, factory: str, probes: int
+) -> None:
+    built = build_index(features, factory)
+    assert built is not None and built.nprobe == probes
+
+
+@pytest.mark.parametrize("factory", [CODED, "IVF128,PQ16x4fs", "IVF128,SQfp16"])
+def test_an_inverted_file_finds_what_is_near(features: np.ndarray, factory: str) -> None:
+    index = FeatureIndex(features, [7] * ROWS, factory)
     queries = features[::16] + np.float32(0.01)
     found = index.search(queries, [EVERY_LENGTH] * len(queries), 1, NEVER)
     right = [row[0].entry_id == 16 * n for n, row in enumerate(found)]
-    assert np.mean(right) > 0.95
-    assert all(row[0].distance == pytest.approx(0.04, abs=1e-3) for row in np.array(found)[right])
+    assert np.mean(right) >= 0.99
+    near = [row[0].distance for row, hit in zip(found, right, strict=True) if hit]
+    assert near == pytest.approx([0.04] * len(near), abs=1e-3)
 
 
 def test_of_an_inverted_file_only_entries_of_the_right_lengths_are_proposed(
@@ -61,19 +73,50 @@ def test_of_an_inverted_file_only_entries_of_the_right_lengths_are_proposed(
 ) -> None:
     """However much nearer the others are, and though the lists hold few that will do."""
     searched = []
-    search = faiss.IndexIVF.search_preassigned_c
+    search = faiss.IndexIVFPQFastScan.search_preassigned_c
 
     def counted(index: faiss.Index, *arguments: object, **options: object) -> object:
         searched.append(arguments)
         return search(index, *arguments, **options)
 
-    monkeypatch.setattr(faiss.IndexIVF, "search_preassigned_c", counted)
+    monkeypatch.setattr(faiss.IndexIVFPQFastScan, "search_preassigned_c", counted)
     lengths = [9 if n % 8 == 0 else 7 for n in range(ROWS)]
     index = inverted(features, lengths)
     found = index.search(features[:32], [(9, 9)] * 32, 5, NEVER)
     assert len(searched) == 1, "queries for the same lengths are asked together"
     assert all(row and {n.length for n in row} == {9} for row in found)
     assert [found[n][0].entry_id for n in range(0, 32, 8)] == list(range(0, 32, 8))
+
+
+def test_codes_propose_and_features_decide(features: np.ndarray) -> None:
+    """Of entries of one kind, which share most of their codes, the nearest comes first, and
+    distances are those of the features."""
+    random = np.random.default_rng(1)
+    kinds = features[random.integers(0, 64, ROWS)]
+    near = kinds + np.float32(0.2) * random.standard_normal(kinds.shape).astype(np.float32)
+    lengths = random.integers(1, 9, ROWS)
+    index = inverted(near, lengths.tolist())
+    queries = near[:256] + np.float32(0.01)
+    bounds = [(int(length), int(length) + 2) for length in lengths[:256]]
+    found = index.search(queries, bounds, 4, NEVER)
+    right = 0
+    for n, (row, (shortest, longest)) in enumerate(zip(found, bounds, strict=True)):
+        exact = np.linalg.norm(near - queries[n], axis=1)
+        assert [r.distance for r in row] == pytest.approx([exact[r.entry_id] for r in row])
+        assert [r.distance for r in row] == sorted(r.distance for r in row)
+        assert len({r.entry_id for r in row}) == 4
+        assert all(shortest <= r.length == lengths[r.entry_id] <= longest for r in row)
+        right += row[0].entry_id == n
+    assert right >= 0.99 * len(found)
+
+
+def test_of_entries_that_are_the_same_the_first_comes_first() -> None:
+    features = np.repeat(np.random.default_rng(2).standard_normal((1024, DIM)), 4, axis=0)
+    index = inverted(features.astype(np.float32), [7] * ROWS)
+    found = index.search(features[::64].astype(np.float32), [EVERY_LENGTH] * 64, 4, NEVER)
+    for n, row in enumerate(found):
+        assert [r.entry_id for r in row] == [64 * n + i for i in range(4)]
+        assert all(r.distance == 0.0 for r in row)
 
 
 def test_an_inverted_file_forgets(features: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attncache_vllm.errors import StoreTimeout
+from attncache_vllm.store import index as index_module
 from attncache_vllm.store.found import answers_of
 from attncache_vllm.store.index import FeatureIndex
 from attncache_vllm.store.protocol import Neighbour
@@ -125,6 +126,27 @@ def test_entries_without_ties_are_answered_as_by_one_index_of_all() -> None:
     bounds = [(int(low), int(low) + 20) for low in random.integers(1, 30, 20)]
     static = FeatureIndex(features, lengths.tolist(), "Flat")
     assert look_up(index, queries, bounds, 8) == static.search(queries, bounds, 8, NEVER)
+
+
+def test_what_joins_and_leaves_inverted_files_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_EXACT_UP_TO", 512)
+    random = np.random.default_rng(6)
+    features = random.normal(size=(4096, 16)).astype(np.float32)
+    lengths = random.integers(1, 50, 4096)
+    index, gone = GrowingIndex(), set(range(0, 4096, 8))
+    for start in range(0, 4096, 1024):
+        rows = range(start, start + 1024)
+        index.add(list(rows), features[rows], [SKETCHES[0]] * 1024, lengths[rows].tolist())
+        index.compact()
+        index.remove([row for row in rows if row in gone])
+    assert any(level.index._inverted is not None for level in index._levels)
+    queried = range(4, 4096, 16)
+    bounds = [(int(length), 99) for length in lengths[queried]]
+    found = look_up(index, features[queried] + np.float32(0.01), bounds, 4)
+    assert np.mean([n[0].entry_id == row for n, row in zip(found, queried, strict=True)]) >= 0.99
+    assert not gone & {n.entry_id for answer in found for n in answer}
+    for answer, (shortest, _) in zip(found, bounds, strict=True):
+        assert all(shortest <= n.length == lengths[n.entry_id] for n in answer)
 
 
 def test_levels_stay_few_and_each_entry_is_built_a_few_times(
