@@ -22,8 +22,7 @@ from attncache_vllm.engine.record import record_of
 from attncache_vllm.engine.step import Recording
 from attncache_vllm.engine.step import Sequence as Prompt
 from attncache_vllm.errors import SettingsError
-from attncache_vllm.reuse.apply import exact_map
-from attncache_vllm.reuse.codecs import CODECS
+from attncache_vllm.reuse.encode import encode_attention
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store.protocol import GrowingStore, ServedStore, token_hash
@@ -179,9 +178,9 @@ class Admissions:
     ) -> None:
         query, key = (part.cpu() for part in scores)
         found = self._layers[layer]
-        mask = found.layout.mask
-        probs, lse = exact_map(query, key, found.attention.impl.scale, mask, found.soft_cap)
-        recording.maps[layer] = CODECS[self._codec].encode(probs, lse, mask)
+        recording.maps[layer] = encode_attention(
+            self._codec, query, key, found.attention.impl.scale, found.layout.mask, found.soft_cap
+        )
 
     def _admit(self, recording: Recording) -> None:
         token_ids, tenant = recording.sequence.token_ids, recording.sequence.tenant

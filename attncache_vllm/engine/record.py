@@ -17,10 +17,11 @@ from attncache_vllm.engine.layer import ExactModule
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import apply_map, exact_map
+from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.codecs import CODECS, servable
+from attncache_vllm.reuse.encode import encode_attention
 from attncache_vllm.reuse.feature import pool_tokens
-from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store.local import LocalStore
@@ -99,9 +100,16 @@ class Recorder:
         """Tokens of the sequence being recorded; 0 while vLLM profiles or warms up."""
         return self._length if self._pooled is not None else 0
 
-    def keep(self, layer: int, probs: torch.Tensor, lse: torch.Tensor, mask: Mask) -> None:
-        """Encode a layer's map ``[H, L, L]`` with its log-sum-exps ``[H, L]``."""
-        self._maps[layer] = CODECS[self._settings.codec].encode(probs, lse, mask)
+    def keep(self, found: AttentionModule, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Encode a layer's map from its queries ``[L, H, d]`` and keys ``[L, KV, d]``."""
+        self._maps[found.index] = encode_attention(
+            self._settings.codec,
+            query,
+            key,
+            found.attention.impl.scale,
+            found.layout.mask,
+            found.soft_cap,
+        )
 
     def kept(self, found: AttentionModule, like: torch.Tensor) -> AttentionMap:
         """The map of a layer that was recorded last, as it will be read back by an engine whose
@@ -166,10 +174,6 @@ class RecordScores:
 
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
         self._found = found
-        self._index = found.index
-        self._layout = found.layout
-        self._scale = found.attention.impl.scale
-        self._soft_cap = found.soft_cap
         self._recorder = recorder
 
     def attend(
@@ -186,15 +190,12 @@ class RecordScores:
         length = self._recorder.length
         if not length:
             return
-        probs, lse = exact_map(
-            query[:length], key[:length], self._scale, self._layout.mask, self._soft_cap
-        )
-        self._recorder.keep(self._index, probs, lse, self._layout.mask)
-        if self._index not in self._recorder.parity:
+        self._recorder.keep(self._found, query[:length], key[:length])
+        if self._found.index not in self._recorder.parity:
             own = torch.empty_like(output[:length])
             kept = self._recorder.kept(self._found, value)
             apply_map(kept, value[:length], own.flatten(1))
-            self._recorder.check_parity(self._index, own, output[:length])
+            self._recorder.check_parity(self._found.index, own, output[:length])
 
 
 class RecordModule:
