@@ -5,6 +5,7 @@ maps are kept. ``attncache build`` drives it, one sequence per engine step."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.answers import MapAnswer, ValueProjection
+from attncache_vllm.engine.background import thread_beside_forward
 from attncache_vllm.engine.layer import ExactModule
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
@@ -78,6 +80,9 @@ class Recorder:
         self._token_ids: np.ndarray | None = None
         self._maps: dict[int, torch.Tensor] = {}
         self.parity: dict[int, float] = {}
+        # The disk takes a good part of a prefill's time, and writes beside the next one.
+        self._writer = thread_beside_forward("attncache-write")
+        self._writing: Future[int] | None = None
 
     def observe(self, hidden_states: torch.Tensor) -> None:
         """Begin a sequence from the feature layer's input ``[T, hidden]``."""
@@ -135,8 +140,13 @@ class Recorder:
                 "--layers"
             )
 
-    def commit(self, token_ids: Sequence[int]) -> int:
-        """Store the sequence recorded last, which has these token ids; returns its entry id."""
+    def commit(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """Begin to store the sequence recorded last, which has these token ids, when the one before
+        is stored. An error of the store is raised by the next call of any method that needs it.
+
+        Returns:
+            What ``stats`` will be when it is stored; of its bytes, those of the maps.
+        """
         if self._pooled is None or set(self._maps) != set(self._settings.layers):
             raise AttnCacheError(
                 "a recorded sequence must have passed the feature layer and every recorded layer, "
@@ -154,19 +164,31 @@ class Recorder:
             )
         record = record_of(tokens, self._settings.codec, self._pooled.cpu(), self._maps)
         self._pooled, self._maps = None, {}
-        return self._store.put(record)
+        stats = self.stats()  # the store tells nothing while it writes
+        self._writing = self._writer.submit(self._store.put, record)
+        stats["entries"] += 1
+        stats["bytes"] += sum(encoded.nbytes for encoded in record.maps.values())
+        return stats
 
     def flush(self) -> None:
         """Make everything recorded so far durable."""
+        self._await_writing()
         self._store.commit()
 
     def stats(self) -> dict[str, Any]:
+        self._await_writing()
         stats = self._store.stats()
         return {"entries": stats.entries, "bytes": stats.bytes, "parity": self.parity}
 
     def close(self) -> None:
-        self._store.commit()
+        self.flush()
+        self._writer.shutdown()
         self._store.close()
+
+    def _await_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 class RecordScores:
@@ -247,9 +269,7 @@ class RecorderExtension:
         ]
 
     def attncache_commit(self, token_ids: list[int]) -> dict[str, Any]:
-        recorder = _recorder()
-        recorder.commit(token_ids)
-        return recorder.stats()
+        return _recorder().commit(token_ids)
 
     def attncache_flush(self) -> None:
         _recorder().flush()
