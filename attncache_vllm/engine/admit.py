@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = compat.get_logger(__name__)
 
 # Bounds of a recorded text. All cells of one layer's map: 256 MiB in float32, and a few times that
-# while it is encoded. Visible cells of all its maps: about a byte each in tiles, on a way to the
+# while torch encodes it. Visible cells of all its maps: about a byte each in tiles, on a way to the
 # shards that has room for 256 MiB.
 MAP_CELLS = 1 << 26
 RECORD_CELLS = 1 << 27

@@ -35,10 +35,11 @@ def by_torch(
     return CODECS[TILES].encode(*exact_map(query, key, scale, mask, soft_cap), mask)
 
 
-def assert_same_map(found: TiledMap, expected: TiledMap) -> None:
-    """As `encode_attention` states it."""
+def assert_same_map(found: TiledMap, expected: TiledMap, sharpness: float) -> None:
+    """As `encode_attention` states it; scores are sums of terms in proportion to `sharpness`."""
     assert found.lse is not None and expected.lse is not None
-    torch.testing.assert_close(found.lse, expected.lse, atol=1e-5, rtol=1e-5)
+    atol = 1e-5 + 1e-6 * sharpness
+    torch.testing.assert_close(found.lse, expected.lse, atol=atol, rtol=1e-5)
     if found.columns.shape == expected.columns.shape:
         assert torch.equal(found.panels, expected.panels)
         assert torch.equal(found.columns, expected.columns)
@@ -75,7 +76,7 @@ def test_natively_a_map_is_the_same(
     layout = MapLayout(2 * group, 2, mask)
     found = decode_tiles(encode_attention(TILES, query, key, scale, mask, soft_cap), layout, length)
     expected = decode_tiles(by_torch(query, key, scale, mask, soft_cap), layout, length)
-    assert_same_map(found, expected)
+    assert_same_map(found, expected, sharpness)
 
 
 @given(mask=masks, length=lengths, soft_cap=st.sampled_from([None, 2.0]))
