@@ -74,7 +74,7 @@ $(BIN)/.lock-installed: requirements/cpu.txt
 	@touch $@
 
 $(BIN)/.package-installed: $(BIN)/.lock-installed pyproject.toml $(ALIAS)/pyproject.toml \
-    attncache_vllm/reuse/_tiles.c
+    attncache_vllm/reuse/_tiles.c attncache_vllm/reuse/_encode.c attncache_vllm/reuse/_panels.h
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation ./$(ALIAS) -e .
 	@touch $@
 

@@ -193,6 +193,8 @@ def _record_texts(llm: Any, options: BuildOptions, texts: Sequence[CorpusText]) 
             bar.update(task, completed=stats["entries"])
             if stats["entries"] % COMMIT_EVERY == 0:
                 llm.collective_rpc("attncache_flush")
+        # The last record may still be written, which counts.
+        stats = llm.collective_rpc("attncache_stats")[0]
     return {
         "recorded": recorded,
         "skipped": skipped,

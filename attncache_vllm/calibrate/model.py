@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attncache_vllm.calibrate.edits import Tokens
-from attncache_vllm.calibrate.memory import keep_freed_memory
+from attncache_vllm.engine.memory import keep_freed_memory
 from attncache_vllm.errors import AttnCacheError, SettingsError
 from attncache_vllm.serve_options import engine_args
 

@@ -22,8 +22,7 @@ from attncache_vllm.engine.record import record_of
 from attncache_vllm.engine.step import Recording
 from attncache_vllm.engine.step import Sequence as Prompt
 from attncache_vllm.errors import SettingsError
-from attncache_vllm.reuse.apply import exact_map
-from attncache_vllm.reuse.codecs import CODECS
+from attncache_vllm.reuse.encode import encode_attention
 from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store.protocol import GrowingStore, ServedStore, token_hash
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 logger = compat.get_logger(__name__)
 
 # Bounds of a recorded text. All cells of one layer's map: 256 MiB in float32, and a few times that
-# while it is encoded. Visible cells of all its maps: about a byte each in tiles, on a way to the
+# while torch encodes it. Visible cells of all its maps: about a byte each in tiles, on a way to the
 # shards that has room for 256 MiB.
 MAP_CELLS = 1 << 26
 RECORD_CELLS = 1 << 27
@@ -179,9 +178,9 @@ class Admissions:
     ) -> None:
         query, key = (part.cpu() for part in scores)
         found = self._layers[layer]
-        mask = found.layout.mask
-        probs, lse = exact_map(query, key, found.attention.impl.scale, mask, found.soft_cap)
-        recording.maps[layer] = CODECS[self._codec].encode(probs, lse, mask)
+        recording.maps[layer] = encode_attention(
+            self._codec, query, key, found.attention.impl.scale, found.layout.mask, found.soft_cap
+        )
 
     def _admit(self, recording: Recording) -> None:
         token_ids, tenant = recording.sequence.token_ids, recording.sequence.tenant

@@ -21,8 +21,8 @@ from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import Decision, Hit, Served, Step
 from attncache_vllm.engine.step import Sequence as Prompt
 from attncache_vllm.reuse.align import align
-from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codecs import CODECS, pruned
+from attncache_vllm.reuse.encode import encode_attention
 from attncache_vllm.reuse.maps import AttentionMap, RowBlocks
 from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.template import Templates
@@ -157,10 +157,9 @@ class Meter:
         draw = torch.Generator().manual_seed(0)
         query = torch.randn(length, layout.num_heads, size, generator=draw)
         key = torch.randn(length, layout.num_kv_heads, size, generator=draw)
-        probs, lse = exact_map(2 * query, key, size**-0.5, layout.mask)
-        codec = CODECS[self.codec]
-        encoded = codec.encode(probs, lse, layout.mask)
-        stored = codec.decode(encoded, layout, length, part.groups[found.index])
+        drawn = (2 * query).bfloat16(), key.bfloat16()
+        encoded = encode_attention(self.codec, *drawn, size**-0.5, layout.mask)
+        stored = CODECS[self.codec].decode(encoded, layout, length, part.groups[found.index])
         return self.form(pruned(stored, part.dropped_in(found.index)))
 
     def _run(

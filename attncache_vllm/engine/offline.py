@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from attncache_vllm.config import RecordSettings, Settings
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.eligibility import reach_of, reaches_of
+from attncache_vllm.engine.memory import keep_freed_memory
 from attncache_vllm.engine.modules import AttentionModule, feature_module
 from attncache_vllm.engine.record import Recorder, RecordModule, RecordScores, activate
 from attncache_vllm.errors import SettingsError
@@ -47,6 +48,7 @@ def attach_recording(
                 f"layer {index} cannot be recorded: {reach.reason}; leave it out with --layers"
             )
     feature = feature_module(modules, settings.record.feature_layer)
+    keep_freed_memory()
     store = _open_for_recording(settings.folder, settings.record, namespace)
     layouts = {found.index: found.layout for found in wanted}
     recorder = Recorder(store, settings.record, feature.name, layouts)

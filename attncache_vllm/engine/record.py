@@ -5,6 +5,7 @@ maps are kept. ``attncache build`` drives it, one sequence per engine step."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,14 +14,16 @@ import torch
 from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import compat
 from attncache_vllm.engine.answers import MapAnswer, ValueProjection
+from attncache_vllm.engine.background import thread_beside_forward
 from attncache_vllm.engine.layer import ExactModule
 from attncache_vllm.engine.modules import AttentionModule
 from attncache_vllm.engine.step import prompts_of
 from attncache_vllm.errors import AttnCacheError
-from attncache_vllm.reuse.apply import apply_map, exact_map
+from attncache_vllm.reuse.apply import apply_map
 from attncache_vllm.reuse.codecs import CODECS, servable
+from attncache_vllm.reuse.encode import encode_attention
 from attncache_vllm.reuse.feature import pool_tokens
-from attncache_vllm.reuse.layout import MapLayout, Mask
+from attncache_vllm.reuse.layout import MapLayout
 from attncache_vllm.reuse.maps import AttentionMap
 from attncache_vllm.reuse.sketch import sketch
 from attncache_vllm.store.local import LocalStore
@@ -77,6 +80,9 @@ class Recorder:
         self._token_ids: np.ndarray | None = None
         self._maps: dict[int, torch.Tensor] = {}
         self.parity: dict[int, float] = {}
+        # The disk takes a good part of a prefill's time, and writes beside the next one.
+        self._writer = thread_beside_forward("attncache-write")
+        self._writing: Future[int] | None = None
 
     def observe(self, hidden_states: torch.Tensor) -> None:
         """Begin a sequence from the feature layer's input ``[T, hidden]``."""
@@ -99,9 +105,16 @@ class Recorder:
         """Tokens of the sequence being recorded; 0 while vLLM profiles or warms up."""
         return self._length if self._pooled is not None else 0
 
-    def keep(self, layer: int, probs: torch.Tensor, lse: torch.Tensor, mask: Mask) -> None:
-        """Encode a layer's map ``[H, L, L]`` with its log-sum-exps ``[H, L]``."""
-        self._maps[layer] = CODECS[self._settings.codec].encode(probs, lse, mask)
+    def keep(self, found: AttentionModule, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Encode a layer's map from its queries ``[L, H, d]`` and keys ``[L, KV, d]``."""
+        self._maps[found.index] = encode_attention(
+            self._settings.codec,
+            query,
+            key,
+            found.attention.impl.scale,
+            found.layout.mask,
+            found.soft_cap,
+        )
 
     def kept(self, found: AttentionModule, like: torch.Tensor) -> AttentionMap:
         """The map of a layer that was recorded last, as it will be read back by an engine whose
@@ -127,8 +140,13 @@ class Recorder:
                 "--layers"
             )
 
-    def commit(self, token_ids: Sequence[int]) -> int:
-        """Store the sequence recorded last, which has these token ids; returns its entry id."""
+    def commit(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        """Begin to store the sequence recorded last, which has these token ids, when the one before
+        is stored. An error of the store is raised by the next call of any method that needs it.
+
+        Returns:
+            What ``stats`` will be when it is stored; of its bytes, those of the maps.
+        """
         if self._pooled is None or set(self._maps) != set(self._settings.layers):
             raise AttnCacheError(
                 "a recorded sequence must have passed the feature layer and every recorded layer, "
@@ -146,19 +164,31 @@ class Recorder:
             )
         record = record_of(tokens, self._settings.codec, self._pooled.cpu(), self._maps)
         self._pooled, self._maps = None, {}
-        return self._store.put(record)
+        stats = self.stats()  # the store tells nothing while it writes
+        self._writing = self._writer.submit(self._store.put, record)
+        stats["entries"] += 1
+        stats["bytes"] += sum(encoded.nbytes for encoded in record.maps.values())
+        return stats
 
     def flush(self) -> None:
         """Make everything recorded so far durable."""
+        self._await_writing()
         self._store.commit()
 
     def stats(self) -> dict[str, Any]:
+        self._await_writing()
         stats = self._store.stats()
         return {"entries": stats.entries, "bytes": stats.bytes, "parity": self.parity}
 
     def close(self) -> None:
-        self._store.commit()
+        self.flush()
+        self._writer.shutdown()
         self._store.close()
+
+    def _await_writing(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
 
 
 class RecordScores:
@@ -166,10 +196,6 @@ class RecordScores:
 
     def __init__(self, found: AttentionModule, recorder: Recorder) -> None:
         self._found = found
-        self._index = found.index
-        self._layout = found.layout
-        self._scale = found.attention.impl.scale
-        self._soft_cap = found.soft_cap
         self._recorder = recorder
 
     def attend(
@@ -186,15 +212,12 @@ class RecordScores:
         length = self._recorder.length
         if not length:
             return
-        probs, lse = exact_map(
-            query[:length], key[:length], self._scale, self._layout.mask, self._soft_cap
-        )
-        self._recorder.keep(self._index, probs, lse, self._layout.mask)
-        if self._index not in self._recorder.parity:
+        self._recorder.keep(self._found, query[:length], key[:length])
+        if self._found.index not in self._recorder.parity:
             own = torch.empty_like(output[:length])
             kept = self._recorder.kept(self._found, value)
             apply_map(kept, value[:length], own.flatten(1))
-            self._recorder.check_parity(self._index, own, output[:length])
+            self._recorder.check_parity(self._found.index, own, output[:length])
 
 
 class RecordModule:
@@ -246,9 +269,7 @@ class RecorderExtension:
         ]
 
     def attncache_commit(self, token_ids: list[int]) -> dict[str, Any]:
-        recorder = _recorder()
-        recorder.commit(token_ids)
-        return recorder.stats()
+        return _recorder().commit(token_ids)
 
     def attncache_flush(self) -> None:
         _recorder().flush()

@@ -238,11 +238,7 @@ def exact_map(
     Raises:
         ValueError: the shapes disagree, or the cap is not a finite number above 0.
     """
-    if query.ndim != 3 or key.ndim != 3 or query.shape[::2] != key.shape[::2]:
-        raise ValueError(
-            "query and key must be [L, heads, d] with equal L and d, "
-            f"got {tuple(query.shape)!r} and {tuple(key.shape)!r}; pass one whole sequence"
-        )
+    check_scores(query, key, soft_cap)
     length, num_heads, head_size = query.shape
     group = MapLayout(num_heads, key.shape[1], mask).group
     rows = query.transpose(0, 1).reshape(-1, group * length, head_size)
@@ -254,12 +250,26 @@ def exact_map(
     return probs, scores.amax(-1) - probs.amax(-1).log()
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, soft_cap: float | None) -> Tensor:
-    """`cap(scale * query @ key^T)`: `[n, R, d]` and `[n, C, d]` to `[n, R, C]`, in float32."""
+def check_scores(query: Tensor, key: Tensor, soft_cap: float | None) -> None:
+    """Raise ValueError unless these are what `exact_map` takes."""
+    if query.ndim != 3 or key.ndim != 3 or query.shape[::2] != key.shape[::2]:
+        raise ValueError(
+            "query and key must be [L, heads, d] with equal L and d, "
+            f"got {tuple(query.shape)!r} and {tuple(key.shape)!r}; pass one whole sequence"
+        )
+    _check_cap(soft_cap)
+
+
+def _check_cap(soft_cap: float | None) -> None:
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(
             f"soft_cap must be a finite number above 0, got {soft_cap!r}; None is no cap"
         )
+
+
+def _scores(query: Tensor, key: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    """`cap(scale * query @ key^T)`: `[n, R, d]` and `[n, C, d]` to `[n, R, C]`, in float32."""
+    _check_cap(soft_cap)
     scores = torch.bmm(query.float(), key.float().transpose(1, 2))
     if soft_cap is None:
         return scores.mul_(scale)

@@ -131,6 +131,11 @@ def check_map(probs: Tensor, lse: Tensor) -> None:
             f"lse must be [{num_heads}, {length}] float32, got {tuple(lse.shape)!r} "
             f"{lse.dtype!r}; pass what exact_map returned"
         )
+    check_lse(lse)
+
+
+def check_lse(lse: Tensor) -> None:
+    """Raise ValueError unless every log-sum-exp is finite."""
     if not lse.isfinite().all():
         raise ValueError(
             "log-sum-exps must be finite, got "

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -45,10 +47,40 @@ def encode_tiles(probs: Tensor, lse: Tensor, mask: Mask) -> Tensor:
             "do not record this sequence"
         )
     cells, scales, columns, panels = tile(probs)
-    if len(columns) % 2:  # what follows the columns stays aligned to four bytes
-        columns = torch.cat([columns, columns.new_zeros(1)])
-    parts = [lse.cpu(), panels, columns, scales, cells]
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    payload, parts = tile_payload(lse, panels)
+    parts.cells.copy_(cells)
+    parts.scales.copy_(scales)
+    parts.columns.copy_(columns)
+    return payload
+
+
+@dataclass(frozen=True)
+class PayloadParts:
+    """Views of a payload, see `TiledMap`."""
+
+    panels: Tensor
+    columns: Tensor
+    scales: Tensor
+    cells: Tensor
+
+
+def tile_payload(lse: Tensor, panels: Tensor) -> tuple[Tensor, PayloadParts]:
+    """A payload with its log-sum-exps `[H, N]` and panels (see `TiledMap`), and room for the tiles
+    that these say it has."""
+    heads, length = lse.shape
+    tiles = int(panels[-1])
+    sizes = _sizes(heads, length, tiles)
+    payload = torch.empty(sum(sizes), dtype=torch.uint8)
+    first, ends, columns, scales, cells = torch.split(payload, sizes)
+    first.view(torch.float32).view(heads, length).copy_(lse)
+    ends.view(torch.uint32).copy_(panels)
+    columns[2 * tiles :] = 0  # an even number of them: what follows stays aligned to four bytes
+    return payload, PayloadParts(
+        ends.view(torch.uint32),
+        columns.view(torch.uint16)[:tiles],
+        scales.view(torch.bfloat16).view(-1, ROWS),
+        cells.view(-1, ROWS, COLUMNS),
+    )
 
 
 def decode_tiles(
@@ -66,14 +98,14 @@ def decode_tiles(
         ValueError: the payload does not fit the numbers, or the layer has no such groups.
     """
     groups = check_groups(layout, length, groups)
-    head = _sizes(layout, length, 0)
+    head = _sizes(layout.num_heads, length, 0)
     if payload.dtype != torch.uint8 or payload.ndim != 1 or len(payload) < head[0] + head[1]:
         raise ValueError(_damaged(layout, length, f"{payload.dtype!r} {tuple(payload.shape)!r}"))
     if not payload.is_contiguous() or payload.storage_offset() % 4:
         payload = payload.clone()
     panels = payload[head[0] : head[0] + head[1]].view(torch.uint32).to(torch.int64)
     tiles = int(panels[-1])
-    sizes = _sizes(layout, length, tiles)
+    sizes = _sizes(layout.num_heads, length, tiles)
     if panels[0] != 0 or (panels.diff() < 0).any() or sum(sizes) != len(payload):
         raise ValueError(_damaged(layout, length, f"{len(payload)} bytes and {tiles} tiles"))
     lse, _, columns, scales, cells = torch.split(payload, sizes)
@@ -103,9 +135,8 @@ def decode_tiles(
     )
 
 
-def _sizes(layout: MapLayout, length: int, tiles: int) -> list[int]:
+def _sizes(heads: int, length: int, tiles: int) -> list[int]:
     """Bytes of log-sum-exps, panels, columns (an even number of them), scales and cells."""
-    heads = layout.num_heads
     return [
         4 * heads * length,
         4 * (heads * panels_of(length) + 1),

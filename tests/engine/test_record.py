@@ -5,6 +5,7 @@ answer is more than its map and its values is found out."""
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from attncache_vllm.config import RecordSettings
 from attncache_vllm.engine import ops, record
 from attncache_vllm.engine.modules import find_attention_modules
 from attncache_vllm.engine.record import Recorder, RecorderExtension, RecordModule, RecordScores
-from attncache_vllm.errors import AttnCacheError
+from attncache_vllm.errors import AttnCacheError, StoreError
 from attncache_vllm.names import CodecName
 from attncache_vllm.reuse.apply import exact_map
 from attncache_vllm.reuse.codec import CODEC, decode_map
@@ -253,6 +254,43 @@ def test_a_text_is_committed_once(recording: Record) -> None:
         recorded.recorder.commit(ids(9))
 
 
+def test_a_text_is_written_while_the_next_is_computed(
+    recording: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module()
+    recorder = recording(module).recorder
+    put, may_write = recorder._store.put, threading.Event()
+    monkeypatch.setattr(recorder._store, "put", lambda kept: may_write.wait(60) and put(kept))
+    run(module, [whole(text(1, 9))])
+    assert recorder.commit(ids(9))["entries"] == 1
+    run(module, [whole(text(2, 12))])
+    may_write.set()
+    assert recorder.commit(ids(12))["entries"] == 2
+    recorder.flush()
+    assert recorder.stats()["entries"] == 2
+
+
+def test_a_text_that_could_not_be_written_is_not_lost_silently(
+    recording: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_module()
+    recorder = recording(module).recorder
+
+    def refuse(kept: Any) -> int:
+        raise StoreError("the disk is full")
+
+    for following in (recorder.flush, recorder.stats, lambda: recorder.commit(ids(12))):
+        with monkeypatch.context() as full:
+            full.setattr(recorder._store, "put", refuse)
+            run(module, [whole(text(1, 9))])
+            recorder.commit(ids(9))
+            run(module, [whole(text(2, 12))])
+            with pytest.raises(StoreError, match="the disk is full"):
+                following()
+        recorder.flush()
+        assert recorder.stats()["entries"] == 0
+
+
 @pytest.mark.parametrize("length", [8, 10])
 def test_a_text_is_not_committed_with_the_token_ids_of_another(
     recording: Record, length: int
@@ -293,9 +331,11 @@ def test_the_workers_methods_reach_the_active_recorder(
     run(module, [whole(text(1, 9))])
     stats = worker.attncache_commit(ids(9))
     assert stats["entries"] == 1
-    assert stats["bytes"] > 0
     assert stats["parity"].keys() == {1}
     worker.attncache_flush()
-    assert worker.attncache_close() == stats
+    closed = worker.attncache_close()
+    # The maps are counted before they are written, the rest of the record after.
+    assert 0 < stats["bytes"] < closed["bytes"] < stats["bytes"] + 4096
+    assert {**closed, "bytes": stats["bytes"]} == stats
     with LocalStore.open(recorded.path, writable=True) as store:
         assert store.stats().entries == 1

@@ -11,7 +11,7 @@ CHILD = f"""
 import ctypes
 import resource
 import numpy as np
-from attncache_vllm.calibrate.memory import keep_freed_memory
+from attncache_vllm.engine.memory import keep_freed_memory
 
 PR_SET_THP_DISABLE = 41  # one huge page would stand for 512, as luck has it
 ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
