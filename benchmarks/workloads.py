@@ -317,7 +317,8 @@ WORKLOADS = {
         task="labels",
         serve=(*LAST, "--max-model-len", "128"),
         tokens=(4, 128),
-        full=Sizes(record=1000, choose=1000, measure=3000, fit=1500, tune=1500),
+        # Sentences of twenty tokens: what corrections are fitted on takes thousands.
+        full=Sizes(record=300, choose=3000, measure=2000, fit=1500, tune=2000),
         quick=Sizes(record=40, choose=40, measure=100, fit=200, tune=60),
         prepare=labelled_reviews,
         targets=(
