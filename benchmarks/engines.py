@@ -93,10 +93,10 @@ def engine(
 
 @contextmanager
 def _bound() -> Iterator[None]:
-    """Processes that are started meanwhile compute on all cores but the first, if there are more:
+    """Processes that are started meanwhile compute on all cores but the last, if there are more:
     what ``vllm serve`` binds its worker to, in the same way."""
     cores = sorted(os.sched_getaffinity(0))
-    cores = cores[1:] or cores
+    cores = cores[:-1] or cores
     binding = {
         "OMP_NUM_THREADS": str(len(cores)),
         "OMP_PLACES": f"{{{','.join(map(str, cores))}}}",
