@@ -131,18 +131,20 @@ def prepare_store(
 
 
 def unseen_edits(path: Path, manifest: Manifest, model: Path) -> Path:
-    """The rows of a file of edits but those whose originals chose the plan, in a file beside it."""
+    """The rows of a file of edits but those whose originals a calibration used, in a file beside
+    it."""
     from transformers import AutoTokenizer
 
     assert manifest.published is not None
     calibration = manifest.published.report.get("calibration", {})
-    entries = calibration.get("predicted", {}).get("aligned", {}).get("entries", [])
-    chose = {manifest.entries[entry_id].token_hash for entry_id in entries}
+    parts = (("predicted", "aligned"), ("rehearsed", "edits"))
+    taken = [calibration.get(part, {}).get(name, {}).get("entries", []) for part, name in parts]
+    used = {manifest.entries[entry_id].token_hash for entries in taken for entry_id in entries}
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [
         row
         for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        if token_hash(tokenizer(row["original"]).input_ids) not in chose
+        if token_hash(tokenizer(row["original"]).input_ids) not in used
     ]
     return write_rows(path.with_name("measure-unseen.jsonl"), rows)
 
@@ -176,10 +178,11 @@ def attncache(log: Path, *arguments: str) -> None:
 def row_of(workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
     """A line of the report from the report of an evaluation of one task."""
     (row,) = found["rows"]
-    predicted = (found["calibration"] or {}).get("predicted")
+    calibration = found["calibration"] or {}
+    predicted = {part: calibration.get(part, {}) for part in ("budget", "predicted", "rehearsed")}
     targets = [
         {"target": target.text, "figure": target.figure, "met": target.met(row)}
-        for target in (*workload.targets, *prediction_targets(predicted, row))
+        for target in (*workload.targets, *prediction_targets(workload, predicted))
     ]
     return {
         **_line(row),
@@ -189,7 +192,7 @@ def row_of(workload: Workload, found: dict[str, Any]) -> dict[str, Any]:
         "targets": targets,
         "details": {
             **row,
-            "predicted": predicted,
+            **predicted,
             "plan": found["plan"],
             "entries": found["entries"],
             "versions": found["versions"],
@@ -208,15 +211,30 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
     return {key: row[key] for key in LINE if key in row}
 
 
-def prediction_targets(predicted: dict[str, Any] | None, row: dict[str, Any]) -> list[Target]:
-    """That each figure that was predicted for the source that served most requests lies inside its
-    measured interval: a bound each way."""
-    hits: dict[str, int] = row["counts"]["hits"]
-    source = max(hits, key=lambda name: hits[name], default="nothing")
+# A budget's parts, and what they are called in predictions and in measured intervals.
+PREDICTED = {
+    "rank": ("rank_fidelity", "rank_fidelity"),
+    "self_retrieval": ("self_retrieval", "self_retrieval"),
+    "task": ("task_change", "difference"),
+}
+
+
+def prediction_targets(workload: Workload, calibration: dict[str, Any]) -> list[Target]:
+    """That what a calibration predicts of its budget lies inside the measured interval: a bound
+    each way.
+
+    Fidelity is that of its rehearsal on texts like those of the workload; a task's metric is
+    predicted for templates only.
+    """
+    texts = "edits" if workload.task == "edits" else "corpus"
+    figures = {
+        **calibration["predicted"].get("template", {}),
+        **calibration["rehearsed"].get(texts, {}),
+    }
     targets = []
-    for name, value in (predicted or {}).get(source, {}).items():
-        measured = "difference" if name == "task_change" else name
-        if measured in row["ci95"] and isinstance(value, float):
+    for part, (name, measured) in PREDICTED.items():
+        if calibration["budget"].get(part) is not None and name in figures:
+            value = figures[name]
             text = f"predicted {name} {value:.4f}"
             targets.append(Target(f"{text} not below", f"ci95.{measured}.0", at_most=value))
             targets.append(Target(f"{text} not above", f"ci95.{measured}.1", at_least=value))

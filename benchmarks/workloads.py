@@ -258,7 +258,7 @@ def _tokenizer(asset: str) -> Any:
 
 
 NEWS_ARTICLES = 3781  # different ones in the corpus
-NEWS_FULL = Sizes(record=160, choose=400, measure=200)
+NEWS_FULL = Sizes(record=220, choose=430, measure=200)
 NEWS_QUICK = Sizes(record=12, choose=32, measure=24)
 MMLU_SUBJECTS = 20
 MMLU_TOKENS = (256, 768)
@@ -336,7 +336,7 @@ WORKLOADS = {
         task="edits",
         serve=(*MEAN, "--max-model-len", "512"),
         tokens=(16, 512),
-        full=replace(NEWS_FULL, measure=160),
+        full=replace(NEWS_FULL, measure=220),
         quick=replace(NEWS_QUICK, measure=12),
         prepare=edited_news,
         targets=(
@@ -354,7 +354,7 @@ WORKLOADS = {
         task="prompts",
         serve=(*LAST, "--max-model-len", "1024"),
         tokens=(16, 1024),
-        full=Sizes(record=60, choose=60, measure=200),
+        full=Sizes(record=60, choose=120, measure=200),
         quick=Sizes(record=20, choose=20, measure=20),
         prepare=few_shot_mmlu,
         targets=(

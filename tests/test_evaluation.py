@@ -211,10 +211,12 @@ FOUND = {
         {"model": "M", "workload": "texts", **FIGURES, "published_rule": {**FIGURES, "reuse": 0.5}}
     ],
     "calibration": {
-        "predicted": {
-            "aligned": {"rank_fidelity": 0.5},
-            "template": {"rank_fidelity": 0.997, "self_retrieval": 1.0, "ci95": {}},
-        }
+        "budget": {"rank": 0.99, "self_retrieval": 0.99, "task": None},
+        "predicted": {"template": {"rank_fidelity": 0.5, "self_retrieval": 0.5}},
+        "rehearsed": {
+            "corpus": {"rank_fidelity": 0.997, "self_retrieval": 1.0, "centred_cosine": 0.5},
+            "edits": {"rank_fidelity": 0.5, "self_retrieval": 1.0, "centred_cosine": 0.5},
+        },
     },
     "plan": {},
     "entries": 8,
@@ -242,6 +244,24 @@ def test_a_line_has_the_promised_keys_and_the_rest_below_them() -> None:
         "predicted rank_fidelity 0.9970 not above": False,
         "predicted self_retrieval 1.0000 not below": True,
         "predicted self_retrieval 1.0000 not above": True,
+    }
+
+
+def test_predictions_are_those_of_the_budget_on_texts_like_the_workloads() -> None:
+    def predicted(name: str, **budget: float) -> set[str]:
+        calibration = {
+            "budget": {"rank": None, "self_retrieval": None, "task": None, **budget},
+            "predicted": {"template": {"rank_fidelity": 0.5, "task_change": -0.002}},
+            "rehearsed": FOUND["calibration"]["rehearsed"],
+        }
+        targets = evaluation.prediction_targets(WORKLOADS[name], calibration)
+        return {target.text.rsplit(" not ")[0] for target in targets}
+
+    assert predicted("edits", rank=0.9) == {"predicted rank_fidelity 0.5000"}
+    assert predicted("reviews", task=0.005) == {"predicted task_change -0.0020"}
+    assert predicted("news", rank=0.9, self_retrieval=0.9) == {
+        "predicted rank_fidelity 0.9970",
+        "predicted self_retrieval 1.0000",
     }
 
 
@@ -298,7 +318,9 @@ def test_edits_of_what_the_plan_was_chosen_on_are_left_out(
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda _: Letters())
     entries = [SimpleNamespace(token_hash=token_hash([ord(text)])) for text in "abcd"]
-    report = {"calibration": {"predicted": {"aligned": {"entries": [0, 2]}, "template": {}}}}
+    predicted = {"aligned": {"entries": [0]}, "template": {}}
+    rehearsed = {"edits": {"entries": [2]}, "corpus": {}}
+    report = {"calibration": {"predicted": predicted, "rehearsed": rehearsed}}
     manifest: Any = SimpleNamespace(entries=entries, published=SimpleNamespace(report=report))
     rows = [{"text": text + "x", "original": text} for text in "abcd"]
     path = write_rows(tmp_path / "measure.jsonl", rows)

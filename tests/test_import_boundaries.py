@@ -46,7 +46,7 @@ USERS_OF_RAY = {f"store/ray/{name}.py" for name in ("actor", "cluster")}
 # that knows the engine room; what is measured, compared and chosen does not.
 DRIVERS_OF_THE_ENGINE = {
     *("calibrate/hits.py", "calibrate/model.py", "calibrate/template.py"),
-    *("calibrate/aligned.py", "calibrate/neighbour.py"),
+    *("calibrate/aligned.py", "calibrate/neighbour.py", "calibrate/rehearse.py"),
 }
 
 

@@ -105,18 +105,16 @@ class AlignedChooser:
         model: CalibratedModel,
         store: Path,
         seed: int,
-        vocabulary_of: Sequence[Tokens],
+        vocabulary: list[int],
         trials: Trials,
         saving: SavingModel,
     ) -> None:
-        """``vocabulary_of`` are texts whose tokens stand in for edited ones."""
+        """``vocabulary`` are tokens that stand in for edited ones."""
         self._model = model
         self._seed = seed
         self._trials = trials
         self._saving = replace(saving, around=False)
-        special = model.special_tokens()
-        every = np.unique(np.concatenate(list(vocabulary_of))).tolist()
-        self._vocabulary = [token for token in every if token not in special]
+        self._vocabulary = vocabulary
         self._originals = _originals(store, model, seed, {})
         self._dropped: Shares = {}
         if len(self._originals) >= FEWEST:

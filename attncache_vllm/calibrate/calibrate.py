@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``attncache calibrate``: which KV groups of which layers may be served, from where, and when.
 
-Texts are parted by seed: some make templates and corrections, some choose the plan, and some, which
-took part in nothing, measure what the plan keeps.
+Texts are parted by seed: some make templates and corrections, some choose the plan, some check it,
+and some, which took part in nothing, tell what it keeps.
 """
 
 from __future__ import annotations
@@ -12,26 +12,28 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from attncache_vllm import __version__
-from attncache_vllm.calibrate.aligned import AlignedChooser
+from attncache_vllm.calibrate.aligned import CHOOSE_RATE, AlignedChooser
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import Chosen
 from attncache_vllm.calibrate.corpus import Text, how_many, token_hash
-from attncache_vllm.calibrate.edits import Tokens
+from attncache_vllm.calibrate.edits import Tokens, vocabulary_of
 from attncache_vllm.calibrate.measure import Measured, Task
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.neighbour import NeighbourChooser
 from attncache_vllm.calibrate.progress import progress
+from attncache_vllm.calibrate.rehearse import Rehearsal, edited_others
 from attncache_vllm.calibrate.saving import SavingModel
 from attncache_vllm.calibrate.template import TemplateChooser
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.errors import SettingsError
 from attncache_vllm.reuse.correct import corrections_to_bytes
 from attncache_vllm.reuse.plan import Plan, SourcePlan
+from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store.local import LocalStore
 from attncache_vllm.store.manifest import Manifest
 
@@ -43,6 +45,7 @@ MIN_TEXTS = 24
 MAX_FIT_TOKENS = 75_000
 MAX_CHOOSE_TOKENS = 24_576
 MAX_CHECK_TOKENS = 32_768
+MAX_REHEARSED_TOKENS = 32_768
 MAX_MEASURED_TEXTS = 256
 
 
@@ -68,6 +71,7 @@ class Splits:
     fit: list[Tokens]
     choose: list[Tokens]
     check: list[Tokens]
+    rehearse: list[Tokens]
 
 
 def calibrate(options: CalibrateOptions, texts: Sequence[Text]) -> dict[str, Any]:
@@ -88,9 +92,17 @@ def calibrate(options: CalibrateOptions, texts: Sequence[Text]) -> dict[str, Any
         trials = Trials(options.store / TRIALS_NAME, _fingerprint(options, splits, manifest))
         saving = _saving(model, splits)
         chosen, artifacts, bands = _choose(model, options, splits, trials, saving)
-        report = _report(options, splits, chosen, saving, bands)
-        report["seconds"] = round(time.monotonic() - started, 1)
-        _publish(options, chosen, report, artifacts)
+        with LocalStore.open(options.store, writable=True) as store:
+            plan = replace(Plan.from_dict(store.plan), sources=_sources(chosen))
+            report = _report(options, splits, chosen, saving, bands)
+            report["rehearsed"] = _rehearsed(
+                model, options, splits, store, plan, chosen, artifacts.get("templates")
+            )
+            report["seconds"] = round(time.monotonic() - started, 1)
+            published = store.manifest.published
+            assert published is not None
+            told = {**published.report, "calibration": report}
+            store.publish_plan(plan.to_dict(), told, artifacts)
         trials.discard()
     finally:
         model.close()
@@ -111,12 +123,13 @@ def _split(model: CalibratedModel, options: CalibrateOptions, texts: Sequence[Te
         )
     every = [tokens[key] for key in sorted(tokens)]
     random.Random(options.seed).shuffle(every)
-    quarter = min(MAX_MEASURED_TEXTS, len(every) // 4)
-    check = every[: how_many(every[:quarter], MAX_CHECK_TOKENS)]
-    rest = every[len(check) :]
-    choose = rest[: how_many(rest[:quarter], MAX_CHOOSE_TOKENS)]
-    rest = rest[len(choose) :]
-    return Splits(rest[: how_many(rest, MAX_FIT_TOKENS)], choose, check)
+    part = min(MAX_MEASURED_TEXTS, len(every) // 5)
+    measured = []
+    for max_tokens in (MAX_CHECK_TOKENS, MAX_CHOOSE_TOKENS, MAX_REHEARSED_TOKENS):
+        measured.append(every[: how_many(every[:part], max_tokens)])
+        every = every[len(measured[-1]) :]
+    check, choose, rehearse = measured
+    return Splits(every[: how_many(every, MAX_FIT_TOKENS)], choose, check, rehearse)
 
 
 def _fingerprint(options: CalibrateOptions, splits: Splits, manifest: Manifest) -> str:
@@ -126,7 +139,7 @@ def _fingerprint(options: CalibrateOptions, splits: Splits, manifest: Manifest) 
     digest.update(json.dumps(options.serve_options).encode())
     if options.task is not None:
         digest.update(json.dumps([options.task.sent, options.task.exact_only]).encode())
-    for part in (splits.fit, splits.choose, splits.check):
+    for part in vars(splits).values():
         for tokens in part:
             digest.update(token_hash(tokens.tolist()))
     for entry in manifest.entries:
@@ -167,7 +180,8 @@ def _choose(
             chosen["template"] = found
             artifacts["templates"] = templates.selected(found).to_bytes()
     if "aligned" in options.sources:
-        aligned = AlignedChooser(model, options.store, options.seed, splits.fit, trials, saving)
+        vocabulary = vocabulary_of(splits.fit, model.special_tokens())
+        aligned = AlignedChooser(model, options.store, options.seed, vocabulary, trials, saving)
         chosen.update(aligned.choose(options.budget))
     if "neighbour" in options.sources:
         neighbours = NeighbourChooser(
@@ -208,16 +222,33 @@ def _report(
     }
 
 
-def _publish(
+def _rehearsed(
+    model: CalibratedModel,
     options: CalibrateOptions,
+    splits: Splits,
+    store: LocalStore,
+    plan: Plan,
     chosen: dict[str, Chosen],
-    report: dict[str, Any],
-    artifacts: dict[str, bytes],
-) -> None:
-    with LocalStore.open(options.store, writable=True) as store:
-        old = Plan.from_dict(store.plan)
-        sources: dict[Any, SourcePlan] = {name: part.plan for name, part in chosen.items()}
-        plan = Plan(old.feature_layer, old.num_layers, sources)
-        published = store.manifest.published
-        assert published is not None
-        store.publish_plan(plan.to_dict(), {**published.report, "calibration": report}, artifacts)
+    templates: bytes | None,
+) -> dict[str, Any]:
+    """What the plan keeps of texts like the corpus, and of edited copies of entries if those may be
+    served; nothing if nothing may."""
+    if not chosen:
+        return {}
+    layouts = model.calibrator.layouts
+    made = Templates({}) if templates is None else Templates.from_bytes(templates, layouts)
+    rehearsal = Rehearsal(model, store, plan, made)
+    found = {"corpus": rehearsal.figures(splits.rehearse)}
+    if "aligned" in chosen:
+        taken = chosen["aligned"].predicted["entries"]
+        vocabulary = vocabulary_of(splits.fit, model.special_tokens())
+        seed, longest = options.seed, model.max_tokens
+        copies = edited_others(store, taken, CHOOSE_RATE, vocabulary, longest, seed)
+        if copies:
+            figures = rehearsal.figures(list(copies.values()))
+            found["edits"] = {**figures, "entries": list(copies)}
+    return found
+
+
+def _sources(chosen: dict[str, Chosen]) -> dict[Any, SourcePlan]:
+    return {source: part.plan for source, part in chosen.items()}

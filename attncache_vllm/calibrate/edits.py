@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.int32]
 
 
+def vocabulary_of(texts: Sequence[Tokens], special: set[int]) -> list[int]:
+    """The tokens of natural texts, each int32 ``[L]``, less special ones: what edits draw from."""
+    return [token for token in np.unique(np.concatenate(texts)).tolist() if token not in special]
+
+
 def edit(tokens: Tokens, rate: float, vocabulary: Sequence[int], seed: Sequence[int]) -> Tokens:
     """A copy with edits at about ``rate`` of the tokens: a third each are replaced, preceded by a
     new one, and deleted. The first and the last token stay, because they may be special ones.

@@ -91,14 +91,10 @@ def calibrate(
     for name in ("source", "KV groups", "saves of attention", "rank fidelity", "self-retrieval"):
         table.add_column(name)
     for source, figures in report["predicted"].items():
-        table.add_row(
-            source,
-            *(
-                f"{figures[key]:.1%}" if key in figures else "-"
-                for key in ("groups_share", "saving")
-            ),
-            *(_with_interval(figures, key) for key in ("rank_fidelity", "self_retrieval")),
-        )
+        _add_row(table, source, figures)
+    table.add_section()
+    for texts, figures in report["rehearsed"].items():
+        _add_row(table, f"as served: {texts}", figures)
     out.print(table)
     if not report["predicted"]:
         err.print("warning: nothing can be reused inside this budget; every request is computed")
@@ -117,6 +113,15 @@ def _task(wanted: bool, pairs: Path | None, labels: Path | None, seed: int) -> T
     if pairs is not None:
         return Pairs(read_pairs(pairs))
     return None if labels is None else Labels.split(read_labels(labels), seed)
+
+
+def _add_row(table: Table, name: str, figures: dict[str, Any]) -> None:
+    shares = (figures.get(key) for key in ("groups_share", "saving"))
+    table.add_row(
+        name,
+        *("-" if share is None else f"{share:.1%}" for share in shares),
+        *(_with_interval(figures, key) for key in ("rank_fidelity", "self_retrieval")),
+    )
 
 
 def _with_interval(figures: dict[str, Any], key: str) -> str:

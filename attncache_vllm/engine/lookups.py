@@ -11,7 +11,6 @@ from concurrent.futures import Future
 import numpy as np
 import torch
 
-from attncache_vllm.config import Settings
 from attncache_vllm.engine import compat, metrics
 from attncache_vllm.engine.background import thread_beside_forward
 from attncache_vllm.engine.step import Hit, Sequence, Served
@@ -65,15 +64,15 @@ class Lookups:
         store: ServedStore,
         projector: Projector,
         plan: Plan,
-        settings: Settings,
+        resident_bytes: int,
         layouts: Mapping[int, MapLayout],
         groups: int,
         device: torch.device,
         form: Form,
     ) -> None:
-        """``layouts`` are those of the layers that reuse maps here; ``groups`` is the number of KV
-        groups of all layers together; maps are kept on ``device``,
-        in the form that ``form`` gives a stored one."""
+        """``resident_bytes`` bounds the maps that are kept on ``device``, in the form that ``form``
+        gives a stored one; ``layouts`` are those of the layers that reuse maps here; ``groups`` is
+        the number of KV groups of all layers together."""
         self._store = store
         self._projector = projector
         self._plan = plan
@@ -88,7 +87,7 @@ class Lookups:
         self._least_aligned = max(MIN_REUSED, _share(plan, "template", groups))
         # An entry is one tenant's, and so is what is kept under its id.
         self.resident: ResidentSet[tuple[tuple[Source, ...], int], Maps] = ResidentSet(
-            settings.resident_bytes
+            resident_bytes
         )
         self._thread = thread_beside_forward("attncache-lookup")
         self._running: Future[list[Hit | None]] | None = None

@@ -237,7 +237,8 @@ def _serving(
     if set(plan.sources) - {"template"}:
         groups = namespace.num_layers * namespace.num_kv_heads
         form = functools.partial(servable, device=device, dtype=dtype, head_size=head_size)
-        lookups = Lookups(store, projector, plan, settings, layouts, groups, device, form)
+        held = settings.resident_bytes
+        lookups = Lookups(store, projector, plan, held, layouts, groups, device, form)
     return Serving(
         lookups,
         _templates(store, plan, modules, reusable).served_as(

@@ -16,6 +16,7 @@ from attncache_vllm.calibrate.calibrate import MIN_TEXTS, TRIALS_NAME, Calibrate
 from attncache_vllm.calibrate.corpus import Text
 from attncache_vllm.calibrate.template import TemplateChooser
 from attncache_vllm.errors import SettingsError
+from attncache_vllm.reuse.feature import Projector
 from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.reuse.template import Templates
 from attncache_vllm.store import LocalStore
@@ -44,7 +45,8 @@ def models(monkeypatch: pytest.MonkeyPatch) -> list[tuple[SmallModel, tuple[Any,
 
 @pytest.fixture
 def options(tmp_path: Path) -> CalibrateOptions:
-    store = make_store(tmp_path / "store", SmallModel(), sample_texts(0, 16))
+    projector = Projector(48, slots=2, width=16, dim=8)
+    store = make_store(tmp_path / "store", SmallModel(), sample_texts(0, 16), projector)
     return CalibrateOptions("model", store, Budget(), max_tokens=22, serve_options=("--dtype", "x"))
 
 
@@ -69,10 +71,34 @@ def test_the_plan_is_published_with_its_report_and_what_it_needs(options: Calibr
 
 
 @pytest.mark.usefixtures("models")
+def test_it_tells_what_the_whole_plan_keeps_of_texts_that_took_no_part(
+    options: CalibrateOptions,
+) -> None:
+    report = calibrate(replace(options, budget=GENEROUS), TEXTS)
+    kept = report["rehearsed"]["corpus"]
+    assert kept["hits"] == {"template": report["texts"]["rehearse"]}
+    assert kept["centred_cosine"] < 1
+    # Every entry has chosen or checked: there is none to edit.
+    assert "edits" not in report["rehearsed"]
+
+
+@pytest.mark.usefixtures("models")
+def test_and_of_edited_copies_of_entries_that_took_no_part(
+    options: CalibrateOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attncache_vllm.calibrate.aligned.MAX_TEXTS", 8)
+    report = calibrate(replace(options, sources=("aligned",), budget=GENEROUS), TEXTS)
+    kept = report["rehearsed"]["edits"]
+    assert kept["hits"] == {"aligned": 8}
+    assert sorted(report["predicted"]["aligned"]["entries"] + kept["entries"]) == list(range(16))
+    assert kept["centred_cosine"] < 1
+
+
+@pytest.mark.usefixtures("models")
 def test_a_plan_of_nothing_is_a_plan(options: CalibrateOptions) -> None:
     # A neighbour's maps were not measured: they go with the plan that had them.
     report = calibrate(replace(options, budget=IMPOSSIBLE, sources=("template",)), TEXTS)
-    assert report["predicted"] == {}
+    assert report["predicted"] == {} == report["rehearsed"]
     with LocalStore.open(options.store) as store:
         assert Plan.from_dict(store.plan) == Plan(0, LAYERS, {})
         assert store.artifact("templates") is None
@@ -98,18 +124,19 @@ def test_texts_are_parted_by_seed_and_no_text_has_two_parts(
         splits = calibrating._split(model, replace(options, **changes), TEXTS * 2)
         return [{ids.tobytes() for ids in part} for part in vars(splits).values()]
 
-    fit, choose, check = parts()
-    assert not fit & choose and not fit & check and not choose & check
-    assert (len(fit), len(choose), len(check)) == (30, 15, 15)
-    assert parts() == [fit, choose, check]
-    assert parts(seed=1) != [fit, choose, check]
-    assert all(len(ids) <= 4 * 22 for ids in fit)
+    every = parts()
+    assert list(map(len, every)) == [24, 12, 12, 12]
+    assert len(set.union(*every)) == 60
+    assert parts() == every
+    assert parts(seed=1) != every
+    assert all(len(ids) <= 4 * 22 for ids in every[0])
     # However many there are, those that are measured on are bounded by their tokens.
     monkeypatch.setattr(calibrating, "MAX_CHOOSE_TOKENS", 22 * 5)
     monkeypatch.setattr(calibrating, "MAX_CHECK_TOKENS", 22 * 7)
-    fit, choose, check = parts()
-    assert len(choose) in (5, 6) and len(check) in (7, 8)
-    assert sum(map(len, (fit, choose, check))) == 60
+    monkeypatch.setattr(calibrating, "MAX_REHEARSED_TOKENS", 22 * 9)
+    fit, choose, check, rehearse = parts()
+    assert len(choose) in (5, 6) and len(check) in (7, 8) and len(rehearse) in (9, 10)
+    assert sum(map(len, (fit, choose, check, rehearse))) == 60
     # 18 to 22 tokens, once they are cut.
     assert sum(map(len, parts(min_tokens=22))) < len(TEXTS)
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attncache_vllm.calibrate.edits import edit
+from attncache_vllm.calibrate.edits import edit, vocabulary_of
 
 TEXT = np.arange(3000, dtype=np.int32)
 NEW = range(10_000, 10_100)  # tokens that the text does not have
@@ -59,3 +59,8 @@ def test_a_rate_or_vocabulary_that_makes_no_edit_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="a rate from 0 to 1 and tokens to draw from, got"):
         edit(TEXT, rate, vocabulary, (0,))
+
+
+def test_the_vocabulary_is_what_the_texts_are_made_of_less_what_stands_for_no_text() -> None:
+    texts = [np.array([0, 7, 5, 7], dtype=np.int32), np.array([5, 9], dtype=np.int32)]
+    assert vocabulary_of(texts, {0, 9, 11}) == [5, 7]

@@ -69,6 +69,7 @@ class SmallModel:
         self.config = SimpleNamespace(
             get_hidden_size=lambda: of_layer.hidden,
             get_head_size=lambda: of_layer.head_size,
+            dtype=torch.float32,
             hf_text_config=SimpleNamespace(num_hidden_layers=LAYERS),
         )
         if not calibrated:

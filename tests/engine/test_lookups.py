@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from batches import counted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attncache_vllm.config import Settings
 from attncache_vllm.engine import step
 from attncache_vllm.engine.lookups import NEIGHBOURS, OVERLAPS, Lookups
 from attncache_vllm.engine.step import Hit
@@ -196,11 +194,10 @@ def near(*entries: int, distance: float = 0.1) -> list[Neighbour]:
 
 
 def make_lookups(
-    store: FakeStore, plan: Plan = PLAN, layouts: Layouts = LAYOUTS, **changes: Any
+    store: FakeStore, plan: Plan = PLAN, layouts: Layouts = LAYOUTS, resident: int = 2**30
 ) -> Lookups:
-    given = Settings(store=Path("maps")).model_copy(update=changes)
     cpu = torch.device("cpu")
-    return Lookups(store, PROJECTOR, plan, given, layouts, GROUPS, cpu, lambda stored: stored)
+    return Lookups(store, PROJECTOR, plan, resident, layouts, GROUPS, cpu, lambda stored: stored)
 
 
 @pytest.fixture
@@ -810,7 +807,7 @@ def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups)
 
 
 def test_memory_for_maps_is_bounded_by_the_settings(store: FakeStore) -> None:
-    lookups = make_lookups(store, resident_mib=2)
+    lookups = make_lookups(store, resident=2 * 2**20)
     assert lookups.resident.max_bytes == 2 * 2**20
     lookups._thread.shutdown()
 
