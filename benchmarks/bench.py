@@ -22,7 +22,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,7 @@ from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.corpus import news
-from benchmarks.engines import Engine, Prompts, Reply, engine
+from benchmarks.engines import Engine, Mode, Prompts, Reply, engines
 from benchmarks.recording import build_store
 from benchmarks.server import MEAN_EMBEDDINGS
 
@@ -45,11 +44,13 @@ LENGTHS = (128, 512, 2048)
 FULL_LENGTHS = (128, 512, 1024, 2048, 4096)
 # Every length and batch size is given about so long; a round of long ones takes its own time.
 SECONDS, FULL_SECONDS = 30.0, 300.0
-FEWEST_ROUNDS, MOST_ROUNDS = 4, 31
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 31
 # Just wide enough for the rounding of a feature that was computed in another batch.
 OWN_MAPS = 0.02
 # The lookup runs beside the first layers, which also tolerate other maps least.
 FIRST_REUSED = 2
+# Tokens that an engine is asked before its turn: its threads wake up, and its weights are read.
+WAKING = 64
 # Tokens of a batch of many, and most sequences of it.
 MANY_TOKENS, MANY = 1024, 8
 COLUMNS = ("standard", "floor", "hit", "pruned", "cold", "miss", "mixed")
@@ -94,27 +95,15 @@ def run(lengths: Sequence[int], rounds: int | None, seconds: float, folder: Path
     texts = {length: texts_of(model, length) for length in lengths}
     build(model, texts, folder)
     measured = {}
-    with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(
-                engine(
-                    name,
-                    model,
-                    max(MANY_TOKENS, *lengths),
-                    folder / f"{name}.log",
-                    bench_settings(store),
-                )
-            )
-            for name in ("standard", "reuse", "floor")
-        }
+    with engines(model, max(MANY_TOKENS, *lengths), folder, bench_settings(store)) as live:
         for length in lengths:
-            measured[str(length)] = measure(engines, texts[length], 1, rounds, seconds)
+            measured[str(length)] = measure(live, texts[length], 1, rounds, seconds)
             if (many := min(MANY, MANY_TOKENS // length)) > 1:
-                figures = measure(engines, texts[length], many, rounds, seconds)
+                figures = measure(live, texts[length], many, rounds, seconds)
                 measured[str(length)]["many"] = figures
         peaks = {
-            name: round(live.ask(texts[lengths[0]].unseen[:1]).peak_mib)
-            for name, live in engines.items()
+            mode: round(engine.ask(texts[lengths[0]].unseen[:1]).peak_mib)
+            for mode, engine in live.items()
         }
     report = {
         "lengths": measured,
@@ -131,7 +120,7 @@ def run(lengths: Sequence[int], rounds: int | None, seconds: float, folder: Path
 
 
 def measure(
-    engines: dict[str, Engine], texts: Texts, size: int, rounds: int | None, budget: float
+    live: dict[Mode, Engine], texts: Texts, size: int, rounds: int | None, budget: float
 ) -> dict[str, Any]:
     """Figures of batches of ``size``; each round asks every engine once for every column. Without
     ``rounds`` there are as many as ``budget`` seconds allow."""
@@ -140,13 +129,16 @@ def measure(
     worst = dict.fromkeys(("hit", "pruned"), 0.0)
     answers: dict[str, Reply] = {}
     label = f"{len(stored[0])} tokens, batches of {size}"
+    for dropped in (0.0, PRUNED):
+        for start in range(0, len(stored), size):
+            live["reuse"].ask(stored[start : start + size], dropped=dropped)
     number, last = -1, 0  # the first round warms up
     started = time.monotonic()
     while number <= last:
         hit, miss = _batch(stored, number, size), _batch(unseen, number, size)
         half = size // 2
         # Who is asked what, and how many hits that must be.
-        asked: dict[str, tuple[str, list[Prompts], int]] = {
+        asked: dict[str, tuple[Mode, list[Prompts], int]] = {
             "standard": ("standard", [hit], 0),
             "floor": ("floor", [hit], 0),
             "hit": ("reuse", [hit], size),
@@ -158,14 +150,12 @@ def measure(
         # In another order every round, so that no column always follows the same one.
         order = COLUMNS[number % len(COLUMNS) :] + COLUMNS[: number % len(COLUMNS)]
         for column in order:
-            name, batches, hits = asked[column]
-            # Off the clock: no engine comes to its turn colder than another. Hits have their maps
-            # in memory then, and `cold` forgets them again.
+            mode, batches, hits = asked[column]
+            # Off the clock: no engine comes to its turn colder than another.
+            live[mode].ask([batches[0][0][:WAKING]])
             dropped = PRUNED if column == "pruned" else 0.0
-            engines[name].ask(hit if column == "mixed" else batches[0], dropped=dropped)
             replies = [
-                engines[name].ask(batch, cold=column == "cold", dropped=dropped)
-                for batch in batches
+                live[mode].ask(batch, cold=column == "cold", dropped=dropped) for batch in batches
             ]
             if (found := sum(reply.hits for reply in replies)) != hits:
                 raise RuntimeError(

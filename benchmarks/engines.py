@@ -14,11 +14,11 @@ import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from attncache_vllm.reuse.plan import Plan
 from benchmarks.server import MEAN_EMBEDDINGS
@@ -49,27 +49,50 @@ class Engine:
     def ask(
         self, prompts: Prompts, cold: bool = False, profile: bool = False, dropped: float = 0.0
     ) -> Reply:
-        """Answers to token ids; ``cold`` forgets decoded maps first, outside the clock, and so does
-        another share that maps have ``dropped`` than before (see ``TiledMap.pruned``)."""
+        """Answers to token ids, from maps that have ``dropped`` a share (see ``TiledMap.pruned``);
+        ``cold`` knows none of those that were decoded before, and none is known of its own later."""
         self._pipe.send((prompts, cold, profile, dropped))
         reply: Reply = self._pipe.recv()
         return reply
 
+    def starts(self) -> bool:
+        """Wait until it answers; whether it will."""
+        try:
+            return bool(self._pipe.recv() == "ready")
+        except EOFError:
+            return False
+
 
 @contextmanager
-def engine(
-    mode: Mode, model: Path, max_tokens: int, log: Path, settings: dict[str, Any] | None = None
-) -> Iterator[Engine]:
-    """Start an engine and wait until it answers.
+def engines(
+    model: Path, max_tokens: int, folder: Path, settings: dict[str, Any]
+) -> Iterator[dict[Mode, Engine]]:
+    """Start one of each mode, all at once, and wait until they answer: vLLM as it is, the plugin,
+    and the floor of what reuse can cost, which is the plugin's model with V rows and no map at all.
 
     Args:
-        mode: vLLM as it is, the plugin with ``settings``, or the floor of what reuse can cost: the
-            plugin's model with V rows and no map at all.
         model: its folder.
         max_tokens: longest sequence, and most tokens of a step.
-        log: where the engine writes.
+        folder: where the engines write their logs.
         settings: of the plugin.
     """
+    with ExitStack() as stack:
+        found = {
+            mode: stack.enter_context(
+                _process(mode, model, max_tokens, folder / f"{mode}.log", settings)
+            )
+            for mode in get_args(Mode)
+        }
+        for mode, live in found.items():
+            if not live.starts():
+                raise RuntimeError(f"engine {mode!r} did not start, see {folder / mode}.log")
+        yield found
+
+
+@contextmanager
+def _process(
+    mode: Mode, model: Path, max_tokens: int, log: Path, settings: dict[str, Any]
+) -> Iterator[Engine]:
     near, far = multiprocessing.Pipe()
     context = multiprocessing.get_context("spawn")
     process = context.Process(
@@ -79,8 +102,6 @@ def engine(
         process.start()
     far.close()
     try:
-        if near.recv() != "ready":
-            raise RuntimeError(f"engine {mode!r} did not start, see {log}")
         yield Engine(near)
     except EOFError:
         raise RuntimeError(f"engine {mode!r} ended, see {log}") from None
@@ -120,7 +141,7 @@ def _run(
     model: Path,
     max_tokens: int,
     log: Path,
-    settings: dict[str, Any] | None,
+    settings: dict[str, Any],
 ) -> None:
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -141,27 +162,38 @@ def _run(
         arguments.additional_config = {"attncache": settings}
     llm: Any = LLM.from_engine_args(arguments)
     pipe.send("ready")
+    # By what their maps have dropped: a change of that does not forget the others.
+    kept: dict[float, Any] = {}
     while True:
         try:
             prompts, cold, profile, dropped = pipe.recv()
         except EOFError:
             return
-        pipe.send(_answer(llm, prompts, cold, profile, dropped))
+        _choose_maps(llm, kept, dropped, cold)
+        pipe.send(_answer(llm, prompts, profile))
 
 
-def _answer(llm: Any, prompts: Prompts, cold: bool, profile: bool, dropped: float) -> Reply:
+def _choose_maps(llm: Any, kept: dict[float, Any], dropped: float, cold: bool) -> None:
+    """Have lookups give maps that have ``dropped`` a share; ``kept`` holds those that are decoded,
+    by that share, of which ``cold`` takes and leaves none."""
+    from attncache_vllm.engine.runtime import serving_of
+
+    serving = serving_of(llm.llm_engine.vllm_config)
+    if serving is None:
+        return
+    lookups: Any = serving._lookups
+    nothing = type(lookups.resident)(lookups.resident.max_bytes)
+    lookups.resident = nothing if cold else kept.setdefault(dropped, nothing)
+    lookups._plan = _dropping(lookups._plan, dropped)
+
+
+def _answer(llm: Any, prompts: Prompts, profile: bool) -> Reply:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiled
 
     from attncache_vllm.engine.runtime import serving_of
 
     serving = serving_of(llm.llm_engine.vllm_config)
-    if serving is not None:
-        lookups: Any = serving._lookups
-        plan = _dropping(lookups._plan, dropped)
-        if cold or plan != lookups._plan:
-            lookups._plan = plan
-            lookups.resident = type(lookups.resident)(lookups.resident.max_bytes)
     given = [{"prompt_token_ids": list(ids)} for ids in prompts]
     before = 0 if serving is None else serving.outcomes.sequences["hit"]
     operators = {}

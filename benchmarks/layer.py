@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.table import Table
 from attncache_vllm.store.manifest import Manifest
 from benchmarks.assets import ensure
 from benchmarks.bench import bench_settings, texts_of
-from benchmarks.engines import Reply, engine
+from benchmarks.engines import Mode, Prompts, Reply, engines
 
 console = Console()
 
@@ -33,30 +32,18 @@ def main() -> None:
     model, store = ensure("smollm2"), options.bench / "store"
     layers = Manifest.read(store).namespace.num_layers
     texts = texts_of(model, options.length)
-    asked = {
+    asked: dict[str, tuple[Mode, Prompts]] = {
         "standard": ("standard", texts.stored[:1]),
         "miss": ("reuse", texts.unseen[:1]),
         "hit": ("reuse", texts.stored[:1]),
         "floor": ("floor", texts.stored[:1]),
     }
     profiles: dict[str, dict[str, float]] = {}
-    with ExitStack() as stack:
-        engines = {
-            name: stack.enter_context(
-                engine(
-                    name,
-                    model,
-                    options.length,
-                    options.bench / f"layer-{name}.log",
-                    bench_settings(store),
-                )
-            )
-            for name in ("standard", "reuse", "floor")
-        }
-        for column, (name, prompts) in asked.items():
+    with engines(model, options.length, options.bench, bench_settings(store)) as live:
+        for column, (mode, prompts) in asked.items():
             for _ in range(3):
-                engines[name].ask(prompts)
-            replies = [engines[name].ask(prompts, profile=True) for _ in range(options.rounds)]
+                live[mode].ask(prompts)
+            replies = [live[mode].ask(prompts, profile=True) for _ in range(options.rounds)]
             profiles[column] = _medians(replies)
     path = options.bench / f"layer-{options.length}.json"
     path.write_text(json.dumps(profiles, indent=2) + "\n")
