@@ -50,7 +50,7 @@ class Engine:
         self, prompts: Prompts, cold: bool = False, profile: bool = False, dropped: float = 0.0
     ) -> Reply:
         """Answers to token ids, from maps that have ``dropped`` a share (see ``TiledMap.pruned``);
-        ``cold`` knows none of those that were decoded before, and none is known of its own later."""
+        ``cold`` finds none that is decoded already, and leaves none."""
         self._pipe.send((prompts, cold, profile, dropped))
         reply: Reply = self._pipe.recv()
         return reply
