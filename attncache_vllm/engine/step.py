@@ -259,7 +259,8 @@ class Step:
         return self._of_heads[key]
 
     def _in_layer(self, layer: int, hits: Mapping[int, Hit]) -> dict[int, Served]:
-        return self._choose(layer, in_layer(hits, layer))
+        found = in_layer(hits, layer)
+        return self._choose(layer, found) if found else {}
 
     def _decided(self) -> Decision:
         if self._decision is None:
