@@ -573,18 +573,25 @@ def test_calibrate_shows_what_each_source_keeps(
         "groups_share": 1 / 3,
         "saving": 0.125,
     }
-    report = {"predicted": {"template": measured, "prefix": exact}}
+    served = {**exact, "hits": {"template": 9}}
+    report = {
+        "predicted": {"template": measured, "prefix": exact},
+        "rehearsed": {"corpus": {**served, "rank_fidelity": 0.98765}, "edits": served},
+    }
     monkeypatch.setattr(calibrate, "calibrate", lambda *arguments: report)
     result = calibrate_command()
     assert result.exit_code == 0 and result.stderr == ""
-    shown = re.findall(r"^\W*(template|prefix)[^\w-]+(.*)$", result.stdout, re.MULTILINE)
+    names = "template|prefix|as served: corpus|as served: edits"
+    shown = re.findall(rf"^\W*({names})[^\w-]+(.*)$", result.stdout, re.MULTILINE)
     rows = {source: re.split(r"[ │]{2,}", rest.strip(" │")) for source, rest in shown}
     assert rows == {
         "template": ["33.3%", "12.5%", "0.9912 (0.9800-0.9950)", "1.0000 (1.0000-1.0000)"],
         "prefix": ["-", "-", "1.0000", "1.0000"],
+        "as served: corpus": ["-", "-", "0.9877", "1.0000"],
+        "as served: edits": ["-", "-", "1.0000", "1.0000"],
     }
     assert json.loads(calibrate_command("--json").stdout) == report
-    monkeypatch.setattr(calibrate, "calibrate", lambda *arguments: {"predicted": {}})
+    monkeypatch.setattr(calibrate, "calibrate", lambda *arguments: {key: {} for key in report})
     assert "nothing can be reused inside this budget" in calibrate_command().stderr
 
 

@@ -32,8 +32,9 @@ from attncache_vllm.store.local import LocalStore
 from attncache_vllm.tenants import SHARED_TENANT
 
 # Bounds of the edited copies.
-MAX_TOKENS = 16_384
 FEWEST = 8
+MAX_TEXTS = 256
+MAX_TOKENS = 16_384
 RESIDENT_BYTES = 2**30
 
 
@@ -100,7 +101,7 @@ def edited_others(
     others = sorted(set(range(len(store.manifest.entries))) - set(taken))
     loaded = store.token_ids(others, deadline=math.inf)
     found = [(number, ids) for number, ids in zip(others, loaded, strict=True) if ids is not None]
-    found = found[: how_many([ids for _, ids in found], MAX_TOKENS)]
+    found = found[: min(MAX_TEXTS, how_many([ids for _, ids in found], MAX_TOKENS))]
     if len(found) < FEWEST:
         return {}
     return {

@@ -114,5 +114,7 @@ def test_copies_are_of_the_entries_that_nothing_else_used(
     assert all(np.array_equal(ids, again[number]) for number, ids in copies.items())
     # Too few to tell anything.
     assert edited_others(store, range(16 - rehearse.FEWEST + 1), 0.3, WORDS, 20, 7) == {}
+    monkeypatch.setattr(rehearse, "MAX_TEXTS", 10)
+    assert list(edited_others(store, [], 0.3, WORDS, 20, 7)) == list(range(10))
     monkeypatch.setattr(rehearse, "MAX_TOKENS", sum(map(len, STORED[:9])))
     assert list(edited_others(store, [], 0.3, WORDS, 20, 7)) == list(range(9))
