@@ -33,12 +33,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> float:
-    """Wait until ``condition`` holds; how many seconds that took."""
+def eventually(condition: Callable[[], bool], seconds: float = 60.0, pause: float = 0.1) -> float:
+    """Wait until ``condition`` holds, asked every ``pause`` seconds; how many seconds that took."""
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < seconds, "it did not happen in time"
-        time.sleep(0.1)
+        time.sleep(pause)
     return time.monotonic() - started
 
 

@@ -101,7 +101,9 @@ def hit(server: Server, text: str, salt: str | None = None) -> NDArray[np.float3
         answers.append(embed(server, text, salt))
         return grown(server, before) == {"aligned": 1}
 
-    eventually(is_hit)
+    # The thread that admits is one of idle priority, and a worker polls for a second after it has
+    # answered: asked without a pause, it leaves no time for that on a machine with other work.
+    eventually(is_hit, 180.0, pause=2.0)
     return answers[-1]
 
 
