@@ -140,7 +140,8 @@ def test_what_a_tenant_was_missed_is_an_entry_of_that_tenant_only(
     for salt in (None, "another secret"):
         before = counted(server)
         embed(server, text, salt)
-        assert grown(server, before).items() >= {"recorded": 1}.items()
+        # It is recorded for them as well, unless the last one still is.
+        assert grown(server, before) in ({"recorded": 1}, {"nothing close enough": 1})
 
 
 def test_a_recorded_text_of_the_build_is_a_hit_as_ever(server: Server, texts: Texts) -> None:
