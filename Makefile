@@ -40,7 +40,7 @@ help:
 	@echo "make demo              serve a real model with and without reuse, compare the answers"
 	@echo "make demo STORE=ray    the same from shards on a Ray node"
 	@echo "make eval              what reuse keeps: fidelity on five workloads (hours, 20 GB)"
-	@echo "make bench             what hits and misses cost against vLLM's own backend (8 to 11 minutes)"
+	@echo "make bench             what hits and misses cost against vLLM's own backend (9 minutes)"
 	@echo "make soak              two servers and four shards under faults (15 minutes)"
 	@echo "make test              unit and integration tests"
 	@echo "make test-unit         unit tests only (two minutes)"
