@@ -92,13 +92,15 @@ def calibrate(options: CalibrateOptions, texts: Sequence[Text]) -> dict[str, Any
         trials = Trials(options.store / TRIALS_NAME, _fingerprint(options, splits, manifest))
         saving = _saving(model, splits)
         chosen, artifacts, bands = _choose(model, options, splits, trials, saving)
-        with LocalStore.open(options.store, writable=True) as store:
+        report = _report(options, splits, chosen, saving, bands)
+        with LocalStore.open(options.store) as store:
             plan = replace(Plan.from_dict(store.plan), sources=_sources(chosen))
-            report = _report(options, splits, chosen, saving, bands)
             report["rehearsed"] = _rehearsed(
                 model, options, splits, store, plan, chosen, artifacts.get("templates")
             )
-            report["seconds"] = round(time.monotonic() - started, 1)
+        report["seconds"] = round(time.monotonic() - started, 1)
+        # Not before: who writes to a store keeps others from it.
+        with LocalStore.open(options.store, writable=True) as store:
             published = store.manifest.published
             assert published is not None
             told = {**published.report, "calibration": report}
