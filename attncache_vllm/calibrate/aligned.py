@@ -55,7 +55,7 @@ from attncache_vllm.store.protocol import Record
 
 # Edited tokens of the copies that the layers are chosen on, and of those that set the gate.
 CHOOSE_RATE = 0.05
-GATE_RATES = (0.02, 0.05, 0.1, 0.2)
+GATE_RATES = (CHOOSE_RATE, 0.1, 0.2)
 # Tokens of the texts that the damage of every single layer is measured on.
 PROBE_TOKENS = 2048
 # Bounds of the texts that are edited.
@@ -150,8 +150,9 @@ class AlignedChooser:
             checking = bar.add_task("checking sets on other edits", total=None)
             for candidate in best_first(curve, budget):
                 bar.advance(checking)
-                gate, rate, figures = self._gate(candidate, check, budget)
-                if rate >= CHOOSE_RATE:
+                found = self._gate(candidate, check, budget)
+                if found is not None:
+                    gate, figures = found
                     plan = SourcePlan(
                         every_layer(candidate.groups, self._saving.num_layers),
                         gate,
@@ -196,37 +197,39 @@ class AlignedChooser:
 
     def _serve(self, groups: Groups, copies: Copies, measured: Measured) -> Fidelity:
         with self._model.calibrator.serving(copies.hits(groups)):
-            return measured.fidelity()
+            return measured.fidelity(measured.answers())
 
     def _gate(
         self, candidate: Candidate, originals: Sequence[Original], budget: Budget
-    ) -> tuple[float, float, dict[str, Any]]:
-        """The novelty up to which texts that chose nothing stay in the budget, the rate of edits
-        that it comes from (0 if none does), and what is kept there."""
-        gate, passed, rates = 0.0, 0.0, []
+    ) -> tuple[float, dict[str, Any]] | None:
+        """The novelty up to which texts that chose nothing stay in the budget, and what is kept
+        there; None if copies edited as those that chose do not."""
+        gate, rates = 0.0, []
         kept: dict[str, Any] = {}
         # What returning the originals' answers would keep, for comparison.
-        stale = self._model.run([original.tokens for original in originals])
+        stale = Measured(self._model, [original.tokens for original in originals]).exact
         for rate in GATE_RATES:
             copies = self._copies(originals, rate)
             measured = Measured(self._model, copies.texts)
             with self._model.calibrator.serving(copies.hits(candidate.groups)):
-                surely, report = measured.checked()
+                surely, report = measured.checked(measured.answers())
             rates.append(
                 {
                     "rate": rate,
                     "novelty": round(fmean(copies.novelties), 4),
                     "rank_fidelity": report["rank_fidelity"],
                     "self_retrieval": report["self_retrieval"],
-                    "stale_rank_fidelity": round(measured.compared(stale).pairwise_spearman, 4),
+                    "stale_rank_fidelity": round(measured.fidelity(stale).pairwise_spearman, 4),
                 }
             )
             if not budget.holds(surely):
                 break
-            gate, passed, kept = max(copies.novelties), rate, report
+            gate, kept = max(copies.novelties), report
+        if not kept:
+            return None
         # An evaluation on edits of these would not be on texts that chose nothing.
         entries = sorted(original.entry_id for original in self._originals)
-        return gate, passed, {**kept, **candidate.shares, "rates": rates, "entries": entries}
+        return gate, {**kept, **candidate.shares, "rates": rates, "entries": entries}
 
     def _errors_at(self, store: Path, share: float) -> dict[int, list[float]]:
         """By layer the errors of a few edited copies when maps lose ``share``."""

@@ -22,7 +22,7 @@ from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import Chosen
 from attncache_vllm.calibrate.corpus import Text, how_many, token_hash
 from attncache_vllm.calibrate.edits import Tokens, vocabulary_of
-from attncache_vllm.calibrate.measure import Measured, Task
+from attncache_vllm.calibrate.measure import Task
 from attncache_vllm.calibrate.model import CalibratedModel
 from attncache_vllm.calibrate.neighbour import NeighbourChooser
 from attncache_vllm.calibrate.progress import progress
@@ -173,10 +173,8 @@ def _choose(
     chosen: dict[str, Chosen] = {}
     artifacts: dict[str, bytes] = {}
     if "template" in options.sources:
-        tasks = (None, None) if options.task is None else options.task.halves()
-        choose = Measured(model, splits.choose, tasks[0])
-        check = Measured(model, splits.check, tasks[1])
-        templates = TemplateChooser(model, splits.fit, choose, check, trials, saving)
+        parts = splits.fit, splits.choose, splits.check
+        templates = TemplateChooser(model, *parts, options.task, trials, saving)
         found = templates.choose(options.budget)
         if found is not None:
             chosen["template"] = found

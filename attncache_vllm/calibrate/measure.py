@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from attncache_vllm.calibrate.bootstrap import (
@@ -51,40 +52,69 @@ class Task(Protocol):
         """Two tasks that measure on different texts."""
 
 
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """A model's answers.
+
+    Attributes:
+        texts: float32 ``[N, D]``, to the texts that are measured.
+        sent: by text, float32 ``[D]``, to those of the task; empty without one.
+    """
+
+    texts: Tensor
+    sent: Mapping[str, Tensor]
+
+    def __add__(self, other: Answers) -> Answers:
+        return Answers(torch.cat([self.texts, other.texts]), {**self.sent, **other.sent})
+
+    def to(self, texts: Sequence[str]) -> Tensor:
+        """``[len(texts), D]``, to texts of the task."""
+        return torch.stack([self.sent[text] for text in texts])
+
+
 class Measured:
     """Texts, and perhaps a task, with their exact answers."""
 
     def __init__(
-        self, model: CalibratedModel, texts: Sequence[Tokens], task: Task | None = None
+        self,
+        model: CalibratedModel,
+        texts: Sequence[Tokens],
+        task: Task | None = None,
+        exact: Answers | None = None,
     ) -> None:
+        """``exact`` are the exact answers to all of it where they are known."""
         self.texts = texts
         self._model = model
-        self._exact = model.run(texts)
         self._task = task
-        if task is not None:
-            longest = model.max_tokens
-            self._sent = [model.tokenize(text, None, longest) for text in task.sent]
-            further = [model.tokenize(text, None, longest) for text in task.exact_only]
-            self._task_exact = model.run([*self._sent, *further])
+        further = () if task is None else task.exact_only
+        self.exact = self._run(further) if exact is None else exact
 
-    def fidelity(self) -> Fidelity:
-        """What is kept by what the model serves now."""
-        return self._fidelity(*self._answers())
+    def part(self, span: slice, task: Task | None) -> Measured:
+        """Some of the texts, and a task that sends no others."""
+        exact = Answers(self.exact.texts[span], self.exact.sent)
+        return Measured(self._model, self.texts[span], task, exact)
 
-    def compared(self, reused: Tensor) -> Fidelity:
-        """What other answers ``[N, D]`` to the texts keep."""
-        return compare(self._exact, reused)
+    def answers(self) -> Answers:
+        """Those of what the model serves now."""
+        return self._run(())
 
-    def checked(self) -> tuple[Fidelity, dict[str, Any]]:
+    def fidelity(self, reused: Answers) -> Fidelity:
+        """What is kept by other answers."""
+        fidelity = compare(self.exact.texts, reused.texts)
+        if self._task is None:
+            return fidelity
+        exact = self.exact.to([*self._task.sent, *self._task.exact_only])
+        return replace(fidelity, task_change=self._task.change(exact, reused.to(self._task.sent)))
+
+    def checked(self, reused: Answers) -> tuple[Fidelity, dict[str, Any]]:
         """What is surely kept, and the figures as plain data with 95 % bootstrap intervals over the
         texts.
 
         Surely is less one standard error of the texts: of samples like these, five in six keep as
         much. A task's change is as it is: its error is larger than a budget would ever be.
         """
-        reused, reused_sent = self._answers()
-        fidelity = self._fidelity(reused, reused_sent)
-        a, b = centred(self._exact, reused)
+        fidelity = self.fidelity(reused)
+        a, b = centred(self.exact.texts, reused.texts)
         counts = resamples(len(a))
         samples = {
             "rank_fidelity": pairwise_spearman_samples(a @ a.T, b @ b.T, counts),
@@ -97,8 +127,9 @@ class Measured:
             "self_retrieval": fidelity.self_retrieval,
             "centred_cosine": fidelity.centred_cosine,
         }
-        if self._task is not None and reused_sent is not None:
-            figures = self._task.figures(self._task_exact, reused_sent, 0)
+        if self._task is not None:
+            exact = self.exact.to([*self._task.sent, *self._task.exact_only])
+            figures = self._task.figures(exact, reused.to(self._task.sent), 0)
             kept["task_change"] = figures.values["difference"]
             bounds["task_change"] = figures.ci95["difference"]
         surely = replace(
@@ -109,16 +140,15 @@ class Measured:
         return surely, {
             **{name: round(value, 4) for name, value in kept.items()},
             "ci95": {name: [round(bound, 4) for bound in pair] for name, pair in bounds.items()},
-            "texts": len(reused),
+            "texts": len(reused.texts),
         }
 
-    def _answers(self) -> tuple[Tensor, Tensor | None]:
-        """To the texts, and to those of the task."""
-        reused = self._model.run(self.texts)
-        return reused, None if self._task is None else self._model.run(self._sent)
-
-    def _fidelity(self, reused: Tensor, reused_sent: Tensor | None) -> Fidelity:
-        fidelity = compare(self._exact, reused)
-        if self._task is None or reused_sent is None:
-            return fidelity
-        return replace(fidelity, task_change=self._task.change(self._task_exact, reused_sent))
+    def _run(self, further: Sequence[str]) -> Answers:
+        """Answers to the texts, to those that the task sends, and to ``further`` ones."""
+        texts = self._model.run(self.texts)
+        if self._task is None:
+            return Answers(texts, {})
+        sent = list(dict.fromkeys([*self._task.sent, *further]))
+        longest = self._model.max_tokens
+        tokens = [self._model.tokenize(text, None, longest) for text in sent]
+        return Answers(texts, dict(zip(sent, self._model.run(tokens), strict=True)))

@@ -142,7 +142,7 @@ class NeighbourChooser:
                 continue
             measured = Measured(self._model, checked.texts)
             with self._model.calibrator.serving(checked.hits(candidate.groups)):
-                surely, report = measured.checked()
+                surely, report = measured.checked(measured.answers())
             if not budget.holds(surely):
                 continue
             groups = every_layer(candidate.groups, self._saving.num_layers)
@@ -209,7 +209,7 @@ class NeighbourChooser:
     def _fidelity(self, texts: Near, measured: Measured, candidate: Candidate) -> Fidelity:
         def run() -> Fidelity:
             with self._model.calibrator.serving(texts.hits(candidate.groups)):
-                return measured.fidelity()
+                return measured.fidelity(measured.answers())
 
         return self._trials.get(f"neighbour {len(texts.texts)} texts {candidate.groups}", run)
 

@@ -75,7 +75,7 @@ class Rehearsal:
             return hit
 
         with self._model.calibrator.serving(hit_of):
-            _, report = measured.checked()
+            _, report = measured.checked(measured.answers())
         return {**report, "hits": dict(hits)}
 
     def _found(self, row: Row, pooled: Mapping[bytes, torch.Tensor]) -> Hit | None:

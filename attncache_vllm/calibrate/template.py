@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ from attncache_vllm.calibrate.choose import (
 from attncache_vllm.calibrate.corpus import how_many
 from attncache_vllm.calibrate.edits import Tokens
 from attncache_vllm.calibrate.fidelity import Fidelity, compare
-from attncache_vllm.calibrate.measure import Measured
+from attncache_vllm.calibrate.measure import Answers, Measured, Task
 from attncache_vllm.calibrate.model import STEP_SEQUENCES, STEP_TOKENS, CalibratedModel
 from attncache_vllm.calibrate.progress import progress
 from attncache_vllm.calibrate.saving import SavingModel, by_damage_per_saving
@@ -45,6 +46,8 @@ PROBE_LENGTH = 256
 # Tokens that the errors of served layers are averaged over.
 ERROR_TOKENS = 12_288
 
+SetKey = tuple[tuple[int, tuple[int, ...]], ...]
+
 
 class TemplateChooser:
     """Makes templates from some texts, and finds what they may serve."""
@@ -53,21 +56,26 @@ class TemplateChooser:
         self,
         model: CalibratedModel,
         fit: Sequence[Tokens],
-        choose: Measured,
-        check: Measured,
+        choose: Sequence[Tokens],
+        check: Sequence[Tokens],
+        task: Task | None,
         trials: Trials,
         saving: SavingModel,
     ) -> None:
+        """The one half of ``task`` is chosen on, the other is checked."""
         self._model = model
         self._calibrator = model.calibrator
         self._fit = fit[: _one_step(fit)]
-        self._choose = choose
-        self._check = check
+        chosen, checked = (None, None) if task is None else task.halves()
+        self._both = Measured(model, [*choose, *check], task)
+        self._choose = self._both.part(slice(len(choose)), chosen)
+        self._check = self._both.part(slice(len(choose), None), checked)
         self._trials = trials
         self._saving = saving
         self._layouts = model.calibrator.layouts
-        # By what they are fitted for: a set that was measured is checked, too.
-        self._fits: dict[tuple[tuple[int, tuple[int, ...]], ...], dict[int, Correction]] = {}
+        # By the set that they are of: one that was measured is checked, too.
+        self._fits: dict[SetKey, dict[int, Correction]] = {}
+        self._answers: dict[SetKey, Answers] = {}
         self._templates = self._make_templates(fit)
 
     def choose(self, budget: Budget) -> Chosen | None:
@@ -91,10 +99,11 @@ class TemplateChooser:
                 bar.advance(checked)
                 if not budget.holds(measure(candidate)):
                     return None
-                self._fit_corrections(candidate)
-                with self._calibrator.serving(self._hits(candidate.groups)):
-                    surely, report = self._check.checked()
-                # The texts that chose it flatter it a little: what they let pass must pass here.
+                # More texts tell more: those that chose it are among those that check it. A task
+                # is noisier than sets differ, and that one is lucky on the half that chose it.
+                reused = self._served(candidate, self._check)
+                surely, report = self._both.checked(self._chosen_on(candidate) + reused)
+                surely = replace(surely, task_change=self._check.fidelity(reused).task_change)
                 return report if budget.holds(surely) else None
 
             found = first_that_passes(best_first(curve, budget), sets_of, check)
@@ -164,12 +173,21 @@ class TemplateChooser:
             return compare(exact, self._model.run(probe))
 
     def _fidelity(self, candidate: Candidate) -> Fidelity:
+        return self._choose.fidelity(self._chosen_on(candidate))
+
+    def _chosen_on(self, candidate: Candidate) -> Answers:
+        key = _key(candidate)
+        if key not in self._answers:
+            self._answers[key] = self._served(candidate, self._choose)
+        return self._answers[key]
+
+    def _served(self, candidate: Candidate, measured: Measured) -> Answers:
         self._fit_corrections(candidate)
         with self._calibrator.serving(self._hits(candidate.groups)):
-            return self._choose.fidelity()
+            return measured.answers()
 
     def _fit_corrections(self, candidate: Candidate) -> None:
-        key = tuple(sorted(candidate.groups.items()))
+        key = _key(candidate)
         if key in self._fits:
             self._calibrator.correct("template", self._fits[key])
             return
@@ -187,6 +205,10 @@ class TemplateChooser:
     def _hits(self, groups: Groups) -> HitOf:
         templates = self._templates.select(groups)
         return lambda row: template_hit(templates, row.length)
+
+
+def _key(candidate: Candidate) -> SetKey:
+    return tuple(sorted(candidate.groups.items()))
 
 
 def _one_step(texts: Sequence[Tokens]) -> int:

@@ -32,6 +32,9 @@ _STEP = "attncache"
 RIDGE = 0.01
 # Every so many sequences one is held out of a fit, and decides whether the correction is kept.
 HELD_OUT_EVERY = 5
+# How much a row counts that a pooler reads alone: the answer is all its own, and hangs on the
+# others by their keys and values only.
+READ_COUNT = 20
 
 HitOf = Callable[[Sequence], Hit | None]
 
@@ -42,8 +45,12 @@ class Calibrator:
     Nothing is reused until the driver says so by one of the context managers.
     """
 
-    def __init__(self, feature_layer_name: str, layers: list[AttentionModule]) -> None:
+    def __init__(
+        self, feature_layer_name: str, layers: list[AttentionModule], read_row: int | None
+    ) -> None:
+        """``read_row`` is the row that the model's pooler reads alone: 0, -1, or None."""
         self._feature_layer_name = feature_layer_name
+        self._read_row = read_row
         self.layouts: dict[int, MapLayout] = {found.index: found.layout for found in layers}
         self.corrections: dict[int, dict[Source, Correction]] = {i: {} for i in self.layouts}
         self._hit_of: HitOf | None = None
@@ -208,14 +215,17 @@ class Calibrator:
                 f"{tuple(reused.shape)} for {tuple(exact.shape)}"
             )
         fitted, held_out = torch.zeros(2, len(reused), dtype=torch.bool)
+        counts = torch.ones(len(reused))
         for number, sequence in enumerate(sequences):
             part = held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
-            part[sequence.start : sequence.start + sequence.length] = True
+            span = slice(sequence.start, sequence.start + sequence.length)
+            part[span] = True
+            if self._read_row is not None:
+                counts[span][self._read_row] = READ_COUNT
 
         def sums_of(rows: torch.Tensor) -> FitSums:
-            return FitSums.of(
-                reused[rows], value[rows], exact[rows], tuple(heads), output.shape[-1]
-            )
+            parts = (reused[rows], value[rows], exact[rows], counts[rows])
+            return FitSums.of(*parts, tuple(heads), output.shape[-1])
 
         def solve(sums: FitSums) -> Correction:
             return sums.solve(RIDGE).to(reused.device, reused.dtype)

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 logger = compat.get_logger(__name__)
 
+# The row that a pooling of vLLM's takes alone.
+READ_ROWS = {"CLS": 0, "LAST": -1}
+
 
 def attach_recording(
     modules: list[AttentionModule],
@@ -78,7 +81,8 @@ def attach_calibration(
         for found in modules
         if reaches[found.index].skips != "nothing" and found.index >= feature.index
     ]
-    calibrator = calibrate.Calibrator(feature.name, layers)
+    pooling = vllm_config.model_config.pooler_config.seq_pooling_type
+    calibrator = calibrate.Calibrator(feature.name, layers, READ_ROWS.get(pooling))
     for found in layers:
         found.attention.attncache_scores = calibrate.CalibrateScores(found, calibrator)
     ops.observe_input(feature, calibrator.observe)

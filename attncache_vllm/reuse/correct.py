@@ -75,10 +75,10 @@ class Correction:
 class FitSums:
     """What a correction is fitted from, summed over tokens; the sums of other tokens add to it.
 
-    The fit minimises ``sum_t |w_t (y_t - x_t - C^T [x_t, v_t] - c)|^2 + lambda |C|^2`` over the
-    reused heads, with ``w_t = 1 / |y_t|``: every token counts alike, where a few huge rows (the
-    first token's) would otherwise decide. ``lambda`` is ``ridge`` times the mean diagonal of the
-    weighted ``[X, V]^T [X, V]``, so that ``ridge`` has no unit.
+    The fit minimises ``sum_t n_t |w_t (y_t - x_t - C^T [x_t, v_t] - c)|^2 + lambda |C|^2`` over the
+    reused heads, with ``w_t = 1 / |y_t|``: a token counts ``n_t``, however large its row, where a
+    few huge ones (the first token's) would otherwise decide. ``lambda`` is ``ridge`` times the mean
+    diagonal of the weighted ``[X, V]^T [X, V]``, so that ``ridge`` has no unit.
 
     Attributes:
         heads: query heads whose maps were reused.
@@ -92,7 +92,13 @@ class FitSums:
 
     @classmethod
     def of(
-        cls, reused: Tensor, value: Tensor, exact: Tensor, heads: tuple[int, ...], head_size: int
+        cls,
+        reused: Tensor,
+        value: Tensor,
+        exact: Tensor,
+        counts: Tensor,
+        heads: tuple[int, ...],
+        head_size: int,
     ) -> FitSums:
         """Sum over some tokens.
 
@@ -100,6 +106,7 @@ class FitSums:
             reused: ``[T, H * d]``, x, outputs of all heads with reused maps.
             value: ``[T, KV, d]``, v, the tokens' own values.
             exact: ``[T, H * d]``, y, the outputs that the same tokens have in the exact model.
+            counts: ``[T]``, n, how much each token counts.
             heads: query heads whose maps were reused.
             head_size: d.
 
@@ -112,15 +119,17 @@ class FitSums:
             or not len(reused)
             or value.ndim != 3
             or len(value) != len(reused)
+            or counts.shape != reused.shape[:1]
             or not heads
         ):
             raise ValueError(
-                "a correction is fitted on [T, H * d], [T, KV, d] and [T, H * d] of the same "
+                "a correction is fitted on [T, H * d], [T, KV, d], [T, H * d] and [T] of the same "
                 f"tokens for at least one head, got {tuple(reused.shape)!r}, "
-                f"{tuple(value.shape)!r} and {tuple(exact.shape)!r} for {heads!r}"
+                f"{tuple(value.shape)!r}, {tuple(exact.shape)!r} and {tuple(counts.shape)!r} for "
+                f"{heads!r}"
             )
         x, y = reused.float(), exact.float()
-        weight = 1 / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+        weight = counts.float().sqrt()[:, None] / y.norm(dim=-1, keepdim=True).clamp_min(1e-6)
         columns = (torch.tensor(heads)[:, None] * head_size + torch.arange(head_size)).flatten()
         lacking = (y - x)[:, columns] * weight
         given = torch.cat([x, value.float().flatten(1), torch.ones_like(weight)], 1) * weight

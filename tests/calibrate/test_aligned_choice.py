@@ -126,8 +126,7 @@ def test_the_gate_is_the_largest_novelty_up_to_which_the_budget_holds(
 def test_what_fails_at_the_rate_that_it_was_chosen_on_gives_way_to_fewer_layers(
     stores: dict[bool, Path], tmp_path: Path
 ) -> None:
-    # At the first rate already, or only above it.
-    budget = Scripted(*[True] * 2 * 4, False, True, False, *[True] * len(GATE_RATES))
+    budget = Scripted(*[True] * 2 * 4, False, False, *[True] * len(GATE_RATES))
     chosen = chooser(SmallModel(), stores[True], tmp_path).choose(budget)["aligned"]
     by_saving = sorted((point["saving"] for point in chosen.curve), reverse=True)
     assert chosen.predicted["saving"] == by_saving[2]

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from calibration_samples import CHEAP, LAYERS, SmallModel, Tokens, sample_text, sample_texts
+from torch import Tensor
 
 from attncache_vllm.calibrate import template
 from attncache_vllm.calibrate.budget import Budget
 from attncache_vllm.calibrate.choose import Candidate, Chosen
 from attncache_vllm.calibrate.fidelity import Fidelity, compare
-from attncache_vllm.calibrate.measure import Measured
+from attncache_vllm.calibrate.measure import Task
 from attncache_vllm.calibrate.template import TemplateChooser
 from attncache_vllm.calibrate.trials import Trials
 from attncache_vllm.engine import calibrate
@@ -27,6 +31,7 @@ from attncache_vllm.reuse.plan import Source
 from attncache_vllm.reuse.template import Templates
 
 FIT, CHOOSE, CHECK = sample_texts(0, 20), sample_texts(20, 12), sample_texts(40, 12)
+TEXTS = CHOOSE + CHECK
 BUDGET = Budget(0.99, 0.99)
 EVERYTHING, IMPOSSIBLE = Budget(0.0, 0.0), Budget(1.1, 1.1)
 
@@ -36,12 +41,15 @@ def template_hits(templates: Templates) -> HitOf:
 
 
 def chooser(
-    model: SmallModel, folder: Path, fit: Sequence[Tokens] = FIT, choose: Sequence[Tokens] = CHOOSE
+    model: SmallModel,
+    folder: Path,
+    fit: Sequence[Tokens] = FIT,
+    choose: Sequence[Tokens] = CHOOSE,
+    task: Task | None = None,
 ) -> TemplateChooser:
     known: Any = model
     trials = Trials(folder / "trials.json", "a")
-    parts = Measured(known, choose), Measured(known, CHECK)
-    return TemplateChooser(known, fit, *parts, trials, model.saving())
+    return TemplateChooser(known, fit, choose, CHECK, task, trials, model.saving())
 
 
 class OnCheck(Budget):
@@ -81,8 +89,8 @@ def test_only_layers_that_hardly_matter_are_served(chosen: Chosen) -> None:
     assert all(damage[layer] > 10 * damage[cheap] for layer in dear for cheap in CHEAP)
 
 
-def test_the_prediction_is_of_texts_that_chose_nothing(chosen: Chosen) -> None:
-    assert chosen.predicted["texts"] == len(CHECK)
+def test_the_prediction_is_of_the_texts_that_chose_and_of_others(chosen: Chosen) -> None:
+    assert chosen.predicted["texts"] == len(CHOOSE) + len(CHECK)
     assert chosen.predicted["rank_fidelity"] >= BUDGET.rank
     assert chosen.predicted["groups_share"] == len(CHEAP) / LAYERS
     assert chosen.predicted["saving"] == max(
@@ -136,15 +144,15 @@ def test_what_is_published_is_what_the_prediction_measured(
         assert maps.groups == plan.plan.groups[layer]
     # Whatever was fitted last: here every set was measured by an earlier calibration.
     assert chooser(SmallModel(), tmp_path, sample_texts(60, 30)).choose(EVERYTHING) == plan
-    exact = model.run(CHECK)
+    exact = model.run(TEXTS)
     with model.calibrator.serving(template_hits(templates)):
-        fidelity = compare(exact, model.run(CHECK))
+        fidelity = compare(exact, model.run(TEXTS))
     assert plan.predicted["rank_fidelity"] == pytest.approx(fidelity.pairwise_spearman, abs=1e-4)
     assert plan.predicted["centred_cosine"] == pytest.approx(fidelity.centred_cosine, abs=1e-4)
     for of_layer in model.calibrator.corrections.values():
         of_layer.clear()
     with model.calibrator.serving(template_hits(templates)):
-        raw = compare(exact, model.run(CHECK))
+        raw = compare(exact, model.run(TEXTS))
     assert raw.centred_cosine != pytest.approx(fidelity.centred_cosine, abs=1e-4)
 
 
@@ -177,6 +185,40 @@ def test_a_set_that_was_measured_is_checked_with_the_corrections_it_was_measured
     found = chooser(model, tmp_path).choose(EVERYTHING)
     assert found is not None
     assert len(fits) == len(found.curve)
+
+
+@dataclass(frozen=True)
+class Closeness:
+    """A task whose metric is the mean similarity to the exact answers; it sends samples."""
+
+    sent: list[str]
+    exact_only: tuple[str, ...] = ()
+
+    def change(self, exact: Tensor, reused: Tensor) -> float:
+        return float(torch.cosine_similarity(exact, reused).mean()) - 1
+
+    def figures(self, exact: Tensor, reused: Tensor, seed: int) -> Any:
+        change = self.change(exact, reused)
+        return SimpleNamespace(values={"difference": change}, ci95={"difference": (change, change)})
+
+    def halves(self) -> tuple[Closeness, Closeness]:
+        return Closeness(self.sent[::2]), Closeness(self.sent[1::2])
+
+
+def test_a_task_is_chosen_on_one_half_and_predicted_from_both(tmp_path: Path) -> None:
+    model = SmallModel()
+    task: Any = Closeness([str(number) for number in range(70, 90)])
+    found = chooser(model, tmp_path, task=task)
+    plan = found.choose(Budget(None, None, task=0.02))
+    assert plan is not None and 0 < len(plan.plan.layers) < LAYERS
+    sent = [model.tokenize(text, None, 64) for text in task.sent]
+    exact = model.run(sent)
+    with model.calibrator.serving(template_hits(found.selected(plan))):
+        reused = model.run(sent)
+    assert plan.predicted["task_change"] == round(task.change(exact, reused), 4) < 0
+    half = task.change(exact[::2], reused[::2])
+    assert round(half, 4) in [point["task_change"] for point in plan.curve]
+    assert round(half, 4) != plan.predicted["task_change"]
 
 
 # -- going on ----------------------------------------------------------------------------------

@@ -53,9 +53,13 @@ def sample_texts(first: int, count: int) -> list[Tokens]:
 
 
 class SmallModel:
-    """Stands in for ``CalibratedModel``; the answer to a text is the mean of its last states."""
+    """Stands in for ``CalibratedModel``; the answer to a text is the mean of its last states, or
+    that in one row."""
 
-    def __init__(self, causal: bool = True, calibrated: bool = True) -> None:
+    def __init__(
+        self, causal: bool = True, calibrated: bool = True, read_row: int | None = None
+    ) -> None:
+        self.read_row = read_row
         self.max_tokens = 64
         self.runs = 0
         self.closed = False
@@ -75,7 +79,7 @@ class SmallModel:
         if not calibrated:
             return
         found = find_attention_modules(self.model)
-        self.calibrator = Calibrator(found[0].name, found)
+        self.calibrator = Calibrator(found[0].name, found, read_row)
         for item in found:
             item.attention.attncache_scores = CalibrateScores(item, self.calibrator)
         ops.observe_input(found[0], self.calibrator.observe)
@@ -94,7 +98,8 @@ class SmallModel:
         for start in range(0, len(texts), ROWS):
             step = texts[start : start + ROWS]
             parts = self.states(step).split([len(ids) for ids in step])
-            answers += [part.mean(0) for part in parts]
+            row = self.read_row
+            answers += [part.mean(0) if row is None else part[row] for part in parts]
         return torch.stack(answers)
 
     def tokenize(self, text: str, pair: str | None, max_tokens: int) -> Tokens:

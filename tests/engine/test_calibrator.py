@@ -14,7 +14,7 @@ from map_samples import product
 from torch import Tensor
 
 from attncache_vllm.engine import calibrate
-from attncache_vllm.engine.calibrate import HELD_OUT_EVERY, RIDGE, HitOf
+from attncache_vllm.engine.calibrate import HELD_OUT_EVERY, READ_COUNT, RIDGE, HitOf
 from attncache_vllm.engine.canary import relative_error
 from attncache_vllm.engine.step import Hit, Served
 from attncache_vllm.engine.step import Sequence as EngineRow
@@ -214,12 +214,19 @@ def test_what_is_linear_is_taken_back_of_the_served_heads() -> None:
     assert torch.equal(corrected[:, 4:], reused[:, 4:])
 
 
-def test_a_correction_that_helps_texts_it_does_not_know_is_fitted_to_all_of_them() -> None:
-    model = SmallModel()
+@pytest.mark.parametrize("read_row", [None, 0, -1])
+def test_a_correction_that_helps_texts_it_does_not_know_is_fitted_to_all_of_them(
+    read_row: int | None,
+) -> None:
+    model = SmallModel(read_row=read_row)
     reused, value = heads_of(TEXTS), values_of(TEXTS)
     exact = reused + 0.5 * reused.roll(1, dims=1) + 0.3 * heads_of(TEXTS, seed=2)
+    counts = torch.ones(len(reused))
+    if read_row is not None:
+        for span in spans(TEXTS):
+            counts[range(span.start, span.stop)[read_row]] = READ_COUNT
     expected = FitSums.of(
-        reused.flatten(1), value, exact.flatten(1), tuple(range(6)), shape().head_size
+        reused.flatten(1), value, exact.flatten(1), counts, tuple(range(6)), shape().head_size
     ).solve(RIDGE)
     fit(model, TEXTS, exact, reused.clone())
     kept = model.calibrator.corrections[0]["template"]

@@ -34,7 +34,8 @@ def fit_correction(
     head_size: int,
     ridge: float,
 ) -> Correction:
-    return FitSums.of(reused, value, exact, heads, head_size).solve(ridge)
+    counts = torch.ones(len(value))
+    return FitSums.of(reused, value, exact, counts, heads, head_size).solve(ridge)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -121,8 +122,9 @@ def test_a_planted_relation_is_recovered() -> None:
 
 def test_sums_of_parts_fit_what_those_of_the_whole_do() -> None:
     reused, value, exact, _ = planted(90, noise=0.3)
+    ones = torch.ones(90)
     parts = [
-        FitSums.of(reused[part], value[part], exact[part], SERVED, HEAD_SIZE)
+        FitSums.of(reused[part], value[part], exact[part], ones[part], SERVED, HEAD_SIZE)
         for part in (slice(30), slice(30, 90))
     ]
     found = (parts[0] + parts[1]).solve(0.1)
@@ -130,6 +132,19 @@ def test_sums_of_parts_fit_what_those_of_the_whole_do() -> None:
     torch.testing.assert_close(found.weight, whole.weight, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(found.bias, whole.bias, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(parts[0].solve(0.1).weight, whole.weight, rtol=1e-2)
+
+
+def test_a_token_that_counts_twice_is_two_tokens() -> None:
+    reused, value, exact, _ = planted(60, noise=0.3)
+    counts = torch.ones(60)
+    counts[::7] = 2
+    twice = counts.long()
+    found = FitSums.of(reused, value, exact, counts, SERVED, HEAD_SIZE).solve(0.1)
+    repeated = (part.repeat_interleave(twice, 0) for part in (reused, value, exact))
+    expected = fit_correction(*repeated, SERVED, HEAD_SIZE, 0.1)
+    torch.testing.assert_close(found.weight, expected.weight, rtol=1e-3, atol=1e-5)
+    once = fit_correction(reused, value, exact, SERVED, HEAD_SIZE, 0.1)
+    assert not torch.allclose(found.weight, once.weight, rtol=1e-2)
 
 
 def test_what_only_own_values_tell_is_taken_back() -> None:
