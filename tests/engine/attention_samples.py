@@ -214,6 +214,7 @@ def make_config(settings: dict[str, Any] | None = None, **changes: Any) -> Any:
             attn_type="decoder",
             hf_text_config=SimpleNamespace(num_hidden_layers=3),
             runner_type="pooling",
+            pooler_config=SimpleNamespace(seq_pooling_type="MEAN"),
             use_mla=False,
             is_encoder_decoder=False,
             get_hidden_size=lambda: shape.hidden,

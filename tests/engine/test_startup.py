@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -530,6 +531,18 @@ def test_a_calibration_has_every_layer_that_a_step_comes_to(
     with calibrator.keeping():
         run_model(model, [whole(TEXTS[0], IDS[0])])
     assert set(calibrator._kept) == {1}
+
+
+@pytest.mark.parametrize(("pooling", "row"), [("MEAN", None), ("LAST", -1), ("CLS", 0)])
+def test_a_calibration_knows_the_row_that_the_pooler_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pooling: str, row: int | None
+) -> None:
+    monkeypatch.setattr(calibrate, "_active", None)
+    path = publish(recorded(tmp_path / "store"))
+    pooler = SimpleNamespace(seq_pooling_type=pooling)
+    config = make_config(settings(path, calibrate=True), model_config__pooler_config=pooler)
+    attach(make_model(), config)
+    assert calibrate.active()._read_row == row
 
 
 # -- bypasses ----------------------------------------------------------------------------------
