@@ -99,8 +99,8 @@ class TemplateChooser:
                 bar.advance(checked)
                 if not budget.holds(measure(candidate)):
                     return None
-                # More texts tell more: those that chose it are among those that check it. A task
-                # is noisier than sets differ, and that one is lucky on the half that chose it.
+                # More texts tell more, so those that chose it are among those that check it. Not
+                # of a task: chance moves it more than sets differ, and was kind on that half.
                 reused = self._served(candidate, self._check)
                 surely, report = self._both.checked(self._chosen_on(candidate) + reused)
                 surely = replace(surely, task_change=self._check.fidelity(reused).task_change)

@@ -215,7 +215,7 @@ class Calibrator:
                 f"{tuple(reused.shape)} for {tuple(exact.shape)}"
             )
         fitted, held_out = torch.zeros(2, len(reused), dtype=torch.bool)
-        counts = torch.ones(len(reused))
+        counts = torch.ones(len(reused), device=reused.device)
         for number, sequence in enumerate(sequences):
             part = held_out if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else fitted
             span = slice(sequence.start, sequence.start + sequence.length)
