@@ -53,13 +53,11 @@ def sample_texts(first: int, count: int) -> list[Tokens]:
 
 
 class SmallModel:
-    """Stands in for ``CalibratedModel``; the answer to a text is the mean of its last states, or
-    that in one row."""
+    """Stands in for ``CalibratedModel``; the answer to a text is the mean of its last states."""
 
     def __init__(
         self, causal: bool = True, calibrated: bool = True, read_row: int | None = None
     ) -> None:
-        self.read_row = read_row
         self.max_tokens = 64
         self.runs = 0
         self.closed = False
@@ -98,8 +96,7 @@ class SmallModel:
         for start in range(0, len(texts), ROWS):
             step = texts[start : start + ROWS]
             parts = self.states(step).split([len(ids) for ids in step])
-            row = self.read_row
-            answers += [part.mean(0) if row is None else part[row] for part in parts]
+            answers += [part.mean(0) for part in parts]
         return torch.stack(answers)
 
     def tokenize(self, text: str, pair: str | None, max_tokens: int) -> Tokens:
