@@ -303,6 +303,7 @@ def machine() -> dict[str, Any]:
         "cpu": name or platform.processor(),
         "features": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f" {f}" in flags],
         "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "versions": {n: version(n) for n in ("attncache-vllm", "vllm", "torch")},
     }
 

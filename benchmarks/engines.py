@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from attncache_vllm.reuse.plan import Plan
 from benchmarks.server import MEAN_EMBEDDINGS
 
@@ -157,6 +159,8 @@ def _run(
     arguments.max_model_len = max_tokens
     arguments.max_num_batched_tokens = max_tokens
     arguments.kv_cache_memory_bytes = 2**30
+    if torch.cuda.is_available():
+        arguments.gpu_memory_utilization = 0.25  # the three of them share one
     if mode != "standard":
         arguments.attention_backend = "attncache"
         arguments.additional_config = {"attncache": settings}

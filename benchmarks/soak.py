@@ -78,12 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quiet", type=float, default=60.0, help="seconds before and after faults")
     parser.add_argument("--faults", type=int, default=3, help="rounds of all faults")
+    parser.add_argument("--deadline-ms", type=float, help="of lookups [default: the setting's]")
     parser.add_argument("--out", type=Path, default=Path("build/soak"))
     options = parser.parse_args()
     # Ended politely or not, the context managers end servers and nodes.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        report = run(options.quiet, options.faults, options.out)
+        report = run(options.quiet, options.faults, options.deadline_ms, options.out)
     except KeyboardInterrupt:
         console.print("interrupted")
         sys.exit(130)
@@ -92,7 +93,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
+def run(quiet: float, faults: int, deadline_ms: float | None, folder: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model = ensure("smollm2")
@@ -120,7 +121,7 @@ def run(quiet: float, faults: int, folder: Path) -> dict[str, Any]:
             stack.enter_context(
                 serve(
                     model,
-                    server_options(nodes, store),
+                    server_options(nodes, store, deadline_ms),
                     folder / f"server-{number}.log",
                     cores=cores[number::2],
                 )
@@ -158,14 +159,16 @@ def exact_answers(model: Path, texts: Sequence[str], folder: Path) -> dict[str, 
         return {text: embed(client, text, None) for text in texts}
 
 
-def server_options(nodes: RayNodes, store: Path) -> list[str]:
-    settings = {
+def server_options(nodes: RayNodes, store: Path, deadline_ms: float | None) -> list[str]:
+    settings: dict[str, Any] = {
         "store": f"ray:{nodes.address}",
         "plan": str(own_maps_plan(store).resolve()),
         "resident_mib": 16,  # a few entries: the others come from the shards every time
         "canary_share": 0.0,
         "only_where_it_pays": False,
     }
+    if deadline_ms is not None:
+        settings["lookup_deadline_ms"] = deadline_ms
     selected = ["--attention-backend", "attncache", "--additional-config"]
     return [*OPTIONS, *selected, json.dumps({"attncache": settings})]
 

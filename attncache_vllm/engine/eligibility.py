@@ -30,6 +30,8 @@ def why_engine_bypassed(
         return "generation runner: start with --runner pooling"
     if vllm_config.model_config.use_mla:
         return "multi-head latent attention"
+    if compat.captures_ops(vllm_config):
+        return "CUDA graphs that are not split at the plugin's ops"
     if vllm_config.cache_config.enable_prefix_caching:
         may_part_prompts = True
         if not reuse_with_prefix_caching:

@@ -30,17 +30,27 @@ class ModuleTreatment(Protocol):
 
 
 def attncache_attention(
-    hidden_states: torch.Tensor, positions: torch.Tensor | None, layer_name: str
-) -> torch.Tensor:
-    """``[T, hidden]`` in and out; see :class:`ModuleTreatment`."""
+    hidden_states: torch.Tensor,
+    positions: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    """Write ``[T, hidden]`` to ``output``, from ``[T, hidden]``; see :class:`ModuleTreatment`.
+
+    The memory is the compiled graph's: a captured CUDA graph reads its inputs where they lay when
+    it was captured.
+    """
     treatment: ModuleTreatment = compat.attention_layer(layer_name).attncache_module
-    return treatment.forward(hidden_states, positions)
+    output.copy_(treatment.forward(hidden_states, positions))
 
 
 def _attncache_attention_fake(
-    hidden_states: torch.Tensor, positions: torch.Tensor | None, layer_name: str
-) -> torch.Tensor:
-    return torch.empty_like(hidden_states)
+    hidden_states: torch.Tensor,
+    positions: torch.Tensor | None,
+    output: torch.Tensor,
+    layer_name: str,
+) -> None:
+    return None
 
 
 def attncache_observe(hidden_states: torch.Tensor, layer_name: str) -> None:
@@ -52,7 +62,9 @@ def _attncache_observe_fake(hidden_states: torch.Tensor, layer_name: str) -> Non
     return None
 
 
-compat.register_op("attncache_attention", attncache_attention, _attncache_attention_fake, [])
+compat.register_op(
+    "attncache_attention", attncache_attention, _attncache_attention_fake, ["output"]
+)
 # Declared as mutating its input: an op without results or side effects would be removed as dead.
 compat.register_op(
     "attncache_observe", attncache_observe, _attncache_observe_fake, ["hidden_states"]
@@ -74,9 +86,14 @@ def replace_forward(found: AttentionModule, treatment: ModuleTreatment) -> None:
         if len(given) != expected:  # something travels in the forward's **kwargs
             answer: torch.Tensor = exact(*args, **kwargs)
             return answer
-        return torch.ops.vllm.attncache_attention(
-            given[hidden], given[positions] if positions is not None else None, layer_name
+        output = torch.empty_like(given[hidden])
+        torch.ops.vllm.attncache_attention(
+            given[hidden],
+            given[positions] if positions is not None else None,
+            output,
+            layer_name,
         )
+        return output
 
     found.attention.attncache_module = treatment
     found.module.forward = forward

@@ -228,7 +228,11 @@ def make_config(settings: dict[str, Any] | None = None, **changes: Any) -> Any:
         cache_config=SimpleNamespace(enable_prefix_caching=False),
         scheduler_config=SimpleNamespace(enable_chunked_prefill=False),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, rank=0),
-        compilation_config=SimpleNamespace(static_forward_context={}),
+        compilation_config=SimpleNamespace(
+            static_forward_context={},
+            cudagraph_mode=SimpleNamespace(name="NONE"),
+            splitting_ops=[],
+        ),
         lora_config=None,
         use_v2_model_runner=False,
     )

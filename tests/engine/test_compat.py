@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import vllm.platforms
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, ParallelConfig
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.selector import AttentionSelectorConfig
 
@@ -117,9 +118,8 @@ def configuration(
     return SimpleNamespace(
         model_config=model,
         attention_config=SimpleNamespace(backend=selected),
-        compilation_config=SimpleNamespace(
-            custom_ops=list(custom_ops), splitting_ops=["vllm::unified_attention"]
-        ),
+        compilation_config=CompilationConfig(custom_ops=list(custom_ops)),
+        parallel_config=ParallelConfig(),
     )
 
 
@@ -213,11 +213,81 @@ def test_our_backend_is_checked_before_start_and_tells_the_compiler_about_its_op
     assert recording.calls == [(type(recording), config)]
     assert checked == ["version", config, "requests"]
     assert config.compilation_config.custom_ops == ["none", "+rotary_embedding"]
-    assert config.compilation_config.splitting_ops == [
-        "vllm::unified_attention",
-        "vllm::attncache_observe",
-        "vllm::attncache_attention",
-    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "split"),
+    [
+        ({"mode": CompilationMode.VLLM_COMPILE}, True),
+        ({"mode": CompilationMode.VLLM_COMPILE, "splitting_ops": ["vllm::own"]}, True),
+        ({"mode": CompilationMode.VLLM_COMPILE, "splitting_ops": []}, False),
+        ({"mode": CompilationMode.DYNAMO_TRACE_ONCE}, False),  # what CPUs have
+        ({"mode": CompilationMode.NONE}, False),
+    ],
+    ids=["vLLM's choice", "the user's", "nothing", "CPU", "eager"],
+)
+def test_captured_graphs_are_split_at_our_ops_too(
+    recording: RecordingPlatform,
+    monkeypatch: pytest.MonkeyPatch,
+    choice: dict[str, Any],
+    split: bool,
+) -> None:
+    monkeypatch.setattr(selection, "check_vllm_version", lambda: None)
+    monkeypatch.setattr(startup, "check_before_start", lambda config: None)
+    config = configuration(AttentionBackendEnum["ATTNCACHE"])
+    config.compilation_config = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, **choice)
+    plain = CompilationConfig(cudagraph_mode=CUDAGraphMode.PIECEWISE, **choice)
+    recording.check_and_update_config(config)
+    for compilation in (config.compilation_config, plain):  # as vLLM does after the hook
+        compilation.set_splitting_ops_for_v1(all2all_backend="naive", data_parallel_size=1)
+    own = list(selection.OPS) if split else []
+    assert config.compilation_config.splitting_ops == plain.splitting_ops + own
+    if split:
+        assert not compat.captures_ops(config)
+
+
+def test_graphs_that_are_split_elsewhere_would_hold_our_ops() -> None:
+    config = configuration(AttentionBackendEnum["ATTNCACHE"])
+    config.compilation_config = CompilationConfig(
+        cudagraph_mode=CUDAGraphMode.PIECEWISE, splitting_ops=["vllm::attncache_observe"]
+    )
+    assert compat.captures_ops(config)
+    config.attention_config.backend = AttentionBackendEnum.CPU_ATTN
+    assert not compat.captures_ops(config)
+
+
+@pytest.fixture
+def runner_choice(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """``VllmConfig`` with what model runner V2 does not support, wrapped anew."""
+    from vllm.config import VllmConfig
+
+    def unsupported(self: Any) -> list[str]:
+        return ["a feature"]
+
+    monkeypatch.setattr(VllmConfig, "_get_v2_model_runner_unsupported_features", unsupported)
+    for _ in range(3):
+        selection._wrap_runner_choice()
+    return VllmConfig._get_v2_model_runner_unsupported_features
+
+
+@pytest.mark.parametrize(
+    ("backend_name", "runner", "added"),
+    [
+        ("ATTNCACHE", "pooling", ["the attention backend attncache"]),
+        ("ATTNCACHE", "generate", []),
+        ("CPU_ATTN", "pooling", []),
+        (None, "pooling", []),
+        ("ATTNCACHE", None, []),
+    ],
+)
+def test_pooling_engines_of_our_backend_get_the_model_runner_that_is_hooked(
+    runner_choice: Any, backend_name: str | None, runner: str | None, added: list[str]
+) -> None:
+    compat.register_backend_name()
+    selected = None if backend_name is None else AttentionBackendEnum[backend_name]
+    model = None if runner is None else SimpleNamespace(runner_type=runner)
+    config = SimpleNamespace(model_config=model, attention_config=SimpleNamespace(backend=selected))
+    assert runner_choice(config) == ["a feature", *added]
 
 
 @pytest.mark.parametrize("choice", ["-rotary_embedding", "+rotary_embedding", "all"])

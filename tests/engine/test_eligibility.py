@@ -22,10 +22,12 @@ from attention_samples import (
 )
 from batches import StandardBackend, StandardImpl
 from torch import Tensor, nn
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.v1.attention.backend import AttentionType
 
+from attncache_vllm.engine.compat.selection import OPS
 from attncache_vllm.engine.eligibility import (
     NO_LAYER,
     Reach,
@@ -38,12 +40,17 @@ from attncache_vllm.engine.modules import AttentionModule, find_attention_module
 PREFIXES = {"cache_config__enable_prefix_caching": True}
 CHUNKS = {"scheduler_config__enable_chunked_prefill": True}
 V2 = {"use_v2_model_runner": True}
+GRAPHS = {"compilation_config__cudagraph_mode": CUDAGraphMode.PIECEWISE}
 
 
 # -- engines -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, CHUNKS, V2], ids=["plain", "chunked prefill", "V2"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, CHUNKS, V2, GRAPHS | {"compilation_config__splitting_ops": ["vllm::attention", *OPS]}],
+    ids=["plain", "chunked prefill", "V2", "split graphs"],
+)
 def test_an_engine_that_only_prefills_is_not_bypassed(changes: dict[str, Any]) -> None:
     assert why_engine_bypassed(make_config(**changes)) is None
 
@@ -56,6 +63,11 @@ def test_an_engine_that_only_prefills_is_not_bypassed(changes: dict[str, Any]) -
             "generation runner: start with --runner pooling",
         ),
         ({"model_config__use_mla": True}, "multi-head latent attention"),
+        (GRAPHS, "CUDA graphs that are not split at the plugin's ops"),
+        (
+            GRAPHS | {"compilation_config__splitting_ops": ["vllm::attncache_attention"]},
+            "CUDA graphs that are not split at the plugin's ops",
+        ),
         (
             PREFIXES,
             "prefix caching: start with --no-enable-prefix-caching or set "

@@ -139,12 +139,24 @@ def test_a_feature_layer_that_takes_no_hidden_states_is_refused() -> None:
         ops.observe_input(found, lambda states: None)
 
 
-def test_the_compiler_sees_answers_of_the_inputs_shape_and_dtype() -> None:
+def test_answers_are_written_where_the_compiled_graph_put_them() -> None:
+    # A captured CUDA graph reads its inputs where they lay when it was captured.
+    module = make_module()
+    found = found_as(module)
+    ops.replace_forward(found, Negative())
+    output = torch.full_like(STATES, torch.nan)
+    with step_of([module.attn], [ROWS]):
+        torch.ops.vllm.attncache_attention(STATES, POSITIONS, output, found.name)
+    assert torch.equal(output, -STATES)
+    schema = torch.ops.vllm.attncache_attention.default._schema
+    assert [argument.name for argument in schema.arguments if argument.is_write] == ["output"]
+
+
+def test_the_compiler_sees_ops_that_return_nothing() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
-        states = torch.empty(5, 48, dtype=torch.bfloat16)
+        states, output = torch.empty(5, 48, dtype=torch.bfloat16), torch.empty(5, 48)
         for positions in (None, torch.arange(5)):
-            answer = torch.ops.vllm.attncache_attention(states, positions, "layer")
-            assert (answer.shape, answer.dtype) == (states.shape, states.dtype)
+            assert torch.ops.vllm.attncache_attention(states, positions, output, "layer") is None
         assert torch.ops.vllm.attncache_observe(states, "layer") is None

@@ -45,6 +45,7 @@ from attncache_vllm.engine.compat.runtime import (
 from attncache_vllm.engine.compat.selection import (
     BACKEND_NAME,
     TESTED_VLLM,
+    captures_ops,
     check_vllm_version,
     install,
     is_selected,
@@ -66,6 +67,7 @@ __all__ = [
     "bypass_counter",
     "call_when_ready",
     "can_leave_out_heads",
+    "captures_ops",
     "check_vllm_version",
     "context_lengths",
     "copy_of",

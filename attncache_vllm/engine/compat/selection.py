@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seams 1 and 2: choosing the backend, and what is checked and set when it is chosen."""
+"""Seams 1, 2 and 13: choosing the backend, and what is checked and set when it is chosen."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 BACKEND_NAME = "ATTNCACHE"
 BACKEND_PATH = "attncache_vllm.engine.backend.AttnCacheBackend"
 TESTED_VLLM = "0.32.0"
+OPS = ("vllm::attncache_observe", "vllm::attncache_attention")
 
 
 def install() -> None:
@@ -24,12 +25,21 @@ def install() -> None:
     register_backend_name()
     _wrap_platform_method("get_attn_backend_cls", _get_attn_backend_cls)
     _wrap_platform_method("check_and_update_config", _check_and_update_config)
+    _wrap_runner_choice()
 
 
 def is_selected(vllm_config: VllmConfig) -> bool:
     """Whether this engine was started with ``--attention-backend attncache``."""
     backend = vllm_config.attention_config.backend
     return backend is not None and backend.name == BACKEND_NAME
+
+
+def captures_ops(vllm_config: VllmConfig) -> bool:
+    """Whether CUDA graphs would hold the plugin's ops, and with them what was decided on the host
+    when they were captured: graphs that are split in another way than at ops, or not at all."""
+    compilation = vllm_config.compilation_config
+    split = set(OPS) <= set(compilation.splitting_ops or ())
+    return is_selected(vllm_config) and compilation.cudagraph_mode.name != "NONE" and not split
 
 
 def check_vllm_version() -> None:
@@ -141,7 +151,37 @@ def _check_and_update_config(original: Any, vllm_config: VllmConfig) -> None:
     custom_ops = vllm_config.compilation_config.custom_ops
     if not {"+rotary_embedding", "-rotary_embedding", "all"} & set(custom_ops):
         custom_ops.append("+rotary_embedding")
-    # Only read where graphs are split (CUDA): the ops decide on the host what to run.
-    splitting_ops = vllm_config.compilation_config.splitting_ops
-    if splitting_ops:
-        splitting_ops.extend(["vllm::attncache_observe", "vllm::attncache_attention"])
+    # Where graphs are captured (CUDA) they are split at ops that decide on the host what to run.
+    # vLLM chooses its own of them after this hook, and adds none to a choice that was made.
+    compilation = vllm_config.compilation_config
+    compilation.set_splitting_ops_for_v1(vllm_config.parallel_config.all2all_backend)
+    if compilation.splitting_ops:
+        compilation.splitting_ops.extend(op for op in OPS if op not in compilation.splitting_ops)
+
+
+# --- Seam 13: the choice of the model runner ----------------------------------------------------
+# Why:      where there is Triton, vLLM takes model runner V2, which knows neither the prompts of a
+#           batch (seam 5) nor whose they are (seam 12): nothing would be reused.
+# How:      the list of what V2 does not support gets our backend in pooling engines. The user's
+#           VLLM_USE_V2_MODEL_RUNNER is asked before that list.
+# Upstream: vllm/config/vllm.py, VllmConfig._get_v2_model_runner_unsupported_features
+# When:     when seams 5 and 12 are made for model runner V2.
+
+
+def _wrap_runner_choice() -> None:
+    from vllm.config import VllmConfig
+
+    original = VllmConfig._get_v2_model_runner_unsupported_features
+    if getattr(original, "_attncache", False):
+        return
+
+    @functools.wraps(original)
+    def unsupported(self: VllmConfig) -> list[str]:
+        features: list[str] = original(self)
+        model = self.model_config
+        if is_selected(self) and model is not None and model.runner_type == "pooling":
+            features.append("the attention backend attncache")
+        return features
+
+    unsupported._attncache = True  # type: ignore[attr-defined]
+    VllmConfig._get_v2_model_runner_unsupported_features = unsupported
