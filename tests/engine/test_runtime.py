@@ -1,179 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A step from the feature layer on: what is looked up, which source serves whom, what is counted.
-
-The lookup's answers are set by the test; templates, canaries and the step are the real ones."""
+"""What is looked up, which source serves whom, and what is recorded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from batches import batch, counted
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from runtime_samples import (
+    GROUPS,
+    LONGEST,
+    NO_TEMPLATES,
+    NUM_LAYERS,
+    SLOTS,
+    TEMPLATES,
+    FakeAdmissions,
+    FakeLookups,
+    Rows,
+    begin,
+    hidden,
+    make_maps,
+    make_serving,
+    neighbour,
+    observe,
+    sources_of,
+)
 from vllm.forward_context import ForwardContext, override_forward_context
 
-from attncache_vllm.config import Settings
-from attncache_vllm.engine import compat, step
-from attncache_vllm.engine.canary import Canaries
+from attncache_vllm.engine import compat
 from attncache_vllm.engine.costs import Cost, Costs
-from attncache_vllm.engine.runtime import Serving
-from attncache_vllm.engine.step import Hit, Recording, Served, Step
+from attncache_vllm.engine.step import Hit, Served
 from attncache_vllm.errors import StoreError, StoreTimeout
-from attncache_vllm.reuse.align import Alignment
 from attncache_vllm.reuse.feature import pool_tokens
-from attncache_vllm.reuse.layout import MapLayout, Mask
-from attncache_vllm.reuse.maps import RowBlocks
-from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
-from attncache_vllm.reuse.template import Templates
 from attncache_vllm.tenants import SHARED_TENANT, tenant_of
-
-FEATURE_LAYER = "model.layers.0.self_attn.attn"
-SLOTS = 2
-NUM_LAYERS, KV_HEADS = 5, 2
-GROUPS = NUM_LAYERS * KV_HEADS
-LAYOUT = MapLayout(4, KV_HEADS, Mask())
-# Layers 1 and 3 have templates, of up to 12 tokens.
-TEMPLATE_GROUPS = {1: (0,), 3: (0, 1)}
-LONGEST = 12
-
-
-def make_maps(length: int, groups: tuple[int, ...] = (0, 1)) -> RowBlocks:
-    return RowBlocks(LAYOUT, length, groups, ())
-
-
-TEMPLATES = Templates({i: {LONGEST: make_maps(LONGEST, g)} for i, g in TEMPLATE_GROUPS.items()})
-NO_TEMPLATES = Templates({})
-
-
-def served_by(source: Source, groups: Mapping[int, tuple[int, ...]]) -> Hit:
-    return Hit(source, {i: Served(source, make_maps(64, own)) for i, own in groups.items()})
-
-
-def neighbour() -> Hit:
-    return served_by("neighbour", {2: (0, 1), 4: (1,)})
-
-
-class FakeLookups:
-    """Answers ``answer``, a list of hits, an exception, None while busy, or a future."""
-
-    def __init__(self, answer: Any = None, uses_features: bool = True) -> None:
-        self.answer = answer
-        self.uses_features = uses_features
-        self.asked: list[SimpleNamespace] = []
-
-    def start(
-        self, sequences: list[step.Sequence], pooled: torch.Tensor | None, deadline: float
-    ) -> Future[list[Hit | None]] | None:
-        self.asked.append(SimpleNamespace(sequences=sequences, pooled=pooled, deadline=deadline))
-        if self.answer is None or isinstance(self.answer, Future):
-            return self.answer
-        future: Future[list[Hit | None]] = Future()
-        if isinstance(self.answer, Exception):
-            future.set_exception(self.answer)
-        else:
-            future.set_result(self.answer)
-        return future
-
-
-class FakeAdmissions:
-    """Records what has token ids, if it is ``willing``."""
-
-    def __init__(self, willing: bool = True) -> None:
-        self.willing = willing
-        self.begun: list[Recording] = []
-
-    def ready(self) -> bool:
-        return self.willing
-
-    def begin(self, sequence: step.Sequence, pooled: torch.Tensor) -> Recording | None:
-        if sequence.token_ids is None:
-            return None
-        self.begun.append(Recording(sequence, pooled))
-        return self.begun[-1]
-
-
-def make_canaries(share: float = 0.0) -> Canaries:
-    every = tuple((0, 1) for _ in range(NUM_LAYERS))
-    sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
-    plan = Plan(0, NUM_LAYERS, {source: SourcePlan(every) for source in sources})
-    return Canaries(plan, share, lambda: 0, "attncache rearm")
-
-
-def make_serving(
-    lookups: FakeLookups | None,
-    templates: Templates = NO_TEMPLATES,
-    canaries: Canaries | None = None,
-    admissions: FakeAdmissions | None = None,
-    **changes: Any,
-) -> Serving:
-    # The deadline is not what these tests are about, whatever else the machine does.
-    update = {"min_tokens": 4, "lookup_deadline_ms": 60_000.0, **changes}
-    given = Settings(store=Path("maps")).model_copy(update=update)
-    any_lookups: Any = lookups
-    any_admissions: Any = admissions
-    sources: tuple[Source, ...] = ("aligned", "neighbour", "template")
-    return Serving(
-        any_lookups,
-        templates,
-        canaries or make_canaries(),
-        given,
-        SLOTS,
-        FEATURE_LAYER,
-        GROUPS,
-        sources,
-        any_admissions,
-    )
-
-
-def observe(serving: Serving, metadata: Any, hidden_states: torch.Tensor) -> Step:
-    context = ForwardContext(
-        no_compile_layers={}, attn_metadata={FEATURE_LAYER: metadata}, slot_mapping={}
-    )
-    with override_forward_context(context):
-        serving.observe(hidden_states)
-        current = serving.current()
-        assert current is not None
-        return current
-
-
-def hidden(tokens: int) -> torch.Tensor:
-    return torch.randn(tokens, 6, generator=torch.Generator().manual_seed(tokens)).bfloat16()
-
-
-def begin(serving: Serving, lengths: Sequence[int]) -> Step:
-    return observe(serving, batch(lengths), hidden(sum(lengths)))
-
-
-def sources_of(found: Step) -> list[dict[int, Source]]:
-    """For each layer who is served from where, by row."""
-    return [
-        {row: item.source for row, item in found.served(layer).items()}
-        for layer in range(NUM_LAYERS)
-    ]
-
-
-class Rows:
-    """What the counters of map rows grow by."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    @property
-    def since(self) -> tuple[float, float]:
-        """Reused and computed."""
-        reused, computed = (b - a for a, b in zip(self._before, self._now(), strict=True))
-        return reused, computed
-
-    def _now(self) -> list[float]:
-        return [counted("attncache_map_rows_total", kind=kind) for kind in ("reused", "computed")]
-
 
 # -- what is looked up -------------------------------------------------------------------------
 
@@ -386,152 +249,3 @@ def test_nothing_is_pooled_for_a_recording_that_is_not_due() -> None:
     assert sources_of(found) == [{}] * NUM_LAYERS
     assert found.recording is None
     assert serving.outcomes.reasons == {"miss: nothing close enough": 1}
-
-
-# -- canaries ----------------------------------------------------------------------------------
-
-
-def test_a_share_of_the_hits_is_computed_exactly_and_counted_apart() -> None:
-    serving = make_serving(None, TEMPLATES, make_canaries(0.25))
-    names = [
-        ("attncache_canaries_total", {"source": "template"}),
-        ("attncache_misses_total", {"reason": "canary"}),
-        ("attncache_hits_total", {"source": "template"}),
-    ]
-    before, rows = [counted(name, **labels) for name, labels in names], Rows()
-    # A miss in between is no hit, and no canary is drawn for it.
-    found = begin(serving, [5, 6, 50, 7, 8, 9, 10])
-    assert found.served(3).keys() == {0, 1, 3, 5, 6}
-    assert found.canaries(3).keys() == {4}
-    assert found.canaries(3)[4].maps is TEMPLATES.get(3, 8)
-    assert serving.outcomes.sequences == {"hit": 5, "miss": 2}
-    assert serving.outcomes.reasons == {
-        "hit: template": 5,
-        "miss: nothing close enough": 1,
-        "miss: canary": 1,
-    }
-    after = [counted(name, **labels) for name, labels in names]
-    assert [b - a for a, b in zip(before, after, strict=True)] == [1, 1, 5]
-    # A canary's rows are computed, all of them.
-    assert rows.since == (3 * (5 + 6 + 7 + 9 + 10), GROUPS * 95 - 3 * 37)
-
-
-def test_a_layer_that_left_its_band_is_exact_where_that_source_would_serve_it() -> None:
-    every = tuple((0, 1) for _ in range(NUM_LAYERS))
-    parts: dict[Source, SourcePlan] = {
-        source: SourcePlan(every, errors=((0.1, 0.01),) * NUM_LAYERS)
-        for source in ("neighbour", "template")
-    }
-    canaries = Canaries(Plan(0, NUM_LAYERS, parts), 0.0, lambda: 0, "attncache rearm")
-    hits = [served_by("neighbour", {1: (0, 1), 3: (0, 1)}), None]
-    serving, rows = make_serving(FakeLookups(hits), TEMPLATES, canaries), Rows()
-    both = {0: "neighbour", 1: "template"}
-    assert sources_of(begin(serving, [5, 6])) == [{}, both, {}, both, {}]
-    assert rows.since[0] == 4 * 5 + 3 * 6
-    lost, served, rows = torch.ones(2, 4), Served("template", make_maps(6)), Rows()
-    serving.compare(3, served, lost * float("nan"), lost)
-    assert sources_of(begin(serving, [5, 6])) == [{}, both, {}, {0: "neighbour"}, {}]
-    assert rows.since[0] == 4 * 5 + 1 * 6
-
-
-# -- rows of maps ------------------------------------------------------------------------------
-
-
-@st.composite
-def hits(draw: st.DrawFn, length: int) -> tuple[Hit | None, int]:
-    """What was found for a text, and how many rows of maps it spares."""
-    layers = draw(st.sets(st.integers(0, NUM_LAYERS - 1)))
-    served, spared = {}, 0
-    source = draw(st.sampled_from(["aligned", "neighbour"]))
-    for layer in layers:
-        groups = draw(st.sampled_from([(0,), (1,), (0, 1)]))
-        alignment, rows = None, length
-        if source == "aligned":
-            kept = np.array(sorted(draw(st.sets(st.integers(0, length - 1)))), dtype=np.int64)
-            alignment, rows = Alignment(length, length, kept, kept), len(kept)
-        served[layer] = Served(source, make_maps(length, groups), alignment)
-        spared += rows * len(groups)
-    return (Hit(source, served), spared) if served else (None, 0)
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_every_row_of_every_map_counts_once_as_reused_or_computed(data: st.DataObject) -> None:
-    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=6))
-    templates = data.draw(st.sampled_from([TEMPLATES, NO_TEMPLATES]))
-    canaries = make_canaries(data.draw(st.sampled_from([0.0, 0.4, 1.0])))
-    found, spared = [], {}
-    for row, length in enumerate(lengths):
-        if length < 4:
-            continue
-        hit, spares = data.draw(hits(length))
-        found.append(hit)
-        if hit is None and templates is TEMPLATES and length <= LONGEST:
-            spares = 3 * length
-        spared[row] = spares
-    serving, rows = make_serving(FakeLookups(found), templates, canaries), Rows()
-    step = begin(serving, lengths)
-    exact = {row for layer in range(NUM_LAYERS) for row in step.canaries(layer)}
-    reused, computed = rows.since
-    assert reused == sum(spares for row, spares in spared.items() if row not in exact)
-    assert reused + computed == GROUPS * sum(lengths)
-    assert serving.outcomes.sequences.total() == len(lengths)
-
-
-# -- what pays ---------------------------------------------------------------------------------
-
-
-def test_texts_too_short_to_pay_are_bypassed_and_only_those_worth_it_are_looked_up() -> None:
-    lookups = FakeLookups([neighbour()])
-    serving, rows = make_serving(lookups, TEMPLATES), Rows()
-    # From 6 tokens on a template pays in layer 3, from 10 on it does in both, and a lookup as well.
-    serving.costs = Costs(
-        {
-            (1, "template"): [Cost(5, 2, 3), Cost(6, 2, 3), Cost(10, 4, 1)],
-            (3, "template"): [Cost(5, 2, 3), Cost(6, 2, 1), Cost(10, 4, 1)],
-            (2, "neighbour"): [Cost(5, 2, 1), Cost(6, 2, 1), Cost(10, 9, 1)],
-            (4, "neighbour"): [Cost(5, 2, 3), Cost(6, 2, 3), Cost(10, 2, 3)],
-        },
-        lookup=3.0,
-    )
-    found = begin(serving, [5])
-    assert sources_of(found) == [{}] * NUM_LAYERS
-    assert lookups.asked == []
-    assert serving.outcomes.reasons == {"bypass: reuse would not pay at its length": 1}
-    assert rows.since == (0, GROUPS * 5)
-
-    found, rows = begin(serving, [7]), Rows()
-    assert sources_of(found) == [{}, {}, {}, {0: "template"}, {}]
-    assert lookups.asked == []
-    assert rows.since == (2 * 7, (GROUPS - 2) * 7)
-
-    found, rows = begin(serving, [11]), Rows()
-    assert sources_of(found) == [{}, {}, {0: "neighbour"}, {}, {}]
-    assert len(lookups.asked) == 1
-    assert rows.since == (2 * 11, (GROUPS - 2) * 11)
-    assert serving.outcomes.sequences == {"bypass": 1, "hit": 2}
-
-
-def test_what_was_found_for_another_text_of_the_step_serves_only_where_it_pays() -> None:
-    lookups = FakeLookups([neighbour(), neighbour()])
-    serving = make_serving(lookups, TEMPLATES)
-    serving.costs = Costs(
-        {
-            (3, "template"): [Cost(6, 2, 1), Cost(10, 4, 1)],
-            (2, "neighbour"): [Cost(6, 2, 3), Cost(10, 9, 1)],
-        },
-        lookup=3.0,
-    )
-    found = begin(serving, [7, 11])
-    assert sources_of(found) == [{}, {}, {1: "neighbour"}, {0: "template"}, {}]
-
-
-def test_a_texts_own_map_may_pay_where_an_aligned_one_does_not() -> None:
-    edited = Alignment(8, 8, np.arange(7), np.arange(7))
-    own = Hit("aligned", {2: Served("aligned", make_maps(64))})
-    other = Hit("aligned", {2: Served("aligned", make_maps(64), edited)})
-    serving = make_serving(FakeLookups([own, other]))
-    serving.costs = Costs({(2, "own"): [Cost(8, 2, 1)], (2, "aligned"): [Cost(8, 2, 3)]})
-    found = begin(serving, [8, 8])
-    assert sources_of(found)[2] == {0: "aligned"}
-    assert serving.outcomes.sequences == {"hit": 1, "miss": 1}

@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from store_samples import ARTIFACTS, FEATURE_DIM, NAMESPACE, make_features, make_record
+from store_samples import (
+    ANY_LENGTH,
+    ARTIFACTS,
+    FEATURE_DIM,
+    NAMESPACE,
+    make_features,
+    make_record,
+)
 
 from attncache_vllm.store.ray.edition import Edition
 from attncache_vllm.store.ray.ring import entry_id
@@ -73,3 +80,14 @@ def held(shard: Shard, tenant: str | None = None, edition: str = DIGEST) -> set[
 
 def other_edition() -> Edition:
     return replace(EDITION, plan={"layers": [3]})
+
+
+def find(shard: Shard, number: int, tenant: str = "", edition: str = DIGEST) -> int:
+    """The id of the nearest entry to the feature of ``number``, -1 for none."""
+    bounds = np.array([ANY_LENGTH])
+    ids, _, _ = shard.lookup(edition, [tenant], FEATURES[[number]], bounds, 1)
+    return int(ids[0, 0])
+
+
+def path_of(folder: Path, number: int, tenant: str = "") -> Path:
+    return folder / DIGEST[:16] / f"{id_of(number, tenant):016x}.entry"
