@@ -14,11 +14,8 @@ from attncache_vllm.reuse.plan import Plan
 from attncache_vllm.store import LocalStore
 
 ENTRIES = 5
-
 PLAN = Plan.reusing(NAMESPACE.num_layers, 3, (1, 3), 0.25, feature_layer=1).to_dict()
-
 ARTIFACTS = {"templates": b"maps", "corrections": b"matrices"}
-
 REPORT = {"train_loss": 0.125, "heldout_loss": 0.5, "curve": [[0.5, 0.25]]}
 
 

@@ -14,13 +14,9 @@ import yaml
 ROOT = Path(__file__).parent.parent
 
 DEPLOY = ROOT / "deploy"
-
 GUIDE = (ROOT / "docs" / "deployment.md").read_text()
-
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-
 IMAGE = f"attncache-vllm:{VERSION}"
-
 Json = dict[str, Any]
 
 

@@ -39,11 +39,8 @@ from attncache_vllm.reuse.maps import RowBlocks
 from attncache_vllm.reuse.plan import Source
 
 LAYER = 1
-
 TOLERANCE = 4 * 2**-9
-
 TREATMENTS = ("module", "scores")
-
 CAUSAL = {
     "causal": (LlamaAttention, Shape()),
     "bfloat16": (LlamaAttention, Shape(dtype=torch.bfloat16)),
@@ -58,9 +55,7 @@ BIDIRECTIONAL = {
 }
 
 FAMILIES = CAUSAL | BIDIRECTIONAL
-
 each_family = pytest.mark.parametrize("family", FAMILIES)
-
 each_treatment = pytest.mark.parametrize("treatment", TREATMENTS)
 
 

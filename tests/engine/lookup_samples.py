@@ -34,26 +34,17 @@ from attncache_vllm.tenants import SHARED_TENANT
 CAUSAL, BIDIRECTIONAL = MapLayout(4, 2, Mask()), MapLayout(4, 2, Mask(causal=False))
 
 WINDOWED = MapLayout(4, 1, Mask(window=16))
-
 GATE = 0.5
-
 NUM_LAYERS = 4
 
 # KV groups of all layers together, that of the windowed one included.
 GROUPS = 7
-
 Groups = tuple[tuple[int, ...], ...]
-
 EVERY: Groups = ((), (), (0, 1), (0,))
-
 EVERY_CAUSAL: Groups = ((), (), (0, 1), (0, 1))
-
 PLAN = Plan(0, NUM_LAYERS, {"neighbour": SourcePlan(EVERY, GATE)})
-
 LAYERS = PLAN.reused_layers
-
 Layouts = dict[int, MapLayout]
-
 LAYOUTS: Layouts = dict(zip(LAYERS, (CAUSAL, WINDOWED), strict=True))
 
 with torch.random.fork_rng():  # the same weights, whatever ran before
@@ -261,7 +252,6 @@ def assert_maps_of(
 
 
 ENCODER: Layouts = dict.fromkeys(LAYERS, BIDIRECTIONAL)
-
 ENCODER_RECORDS = make_records(ENCODER)
 
 # Novelty up to which edits are tolerated here.

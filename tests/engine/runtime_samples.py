@@ -27,18 +27,15 @@ from attncache_vllm.reuse.plan import Plan, Source, SourcePlan
 from attncache_vllm.reuse.template import Templates
 
 FEATURE_LAYER = "model.layers.0.self_attn.attn"
-
 SLOTS = 2
 
 NUM_LAYERS, KV_HEADS = 5, 2
 
 GROUPS = NUM_LAYERS * KV_HEADS
-
 LAYOUT = MapLayout(4, KV_HEADS, Mask())
 
 # Layers 1 and 3 have templates, of up to 12 tokens.
 TEMPLATE_GROUPS = {1: (0,), 3: (0, 1)}
-
 LONGEST = 12
 
 
@@ -47,7 +44,6 @@ def make_maps(length: int, groups: tuple[int, ...] = (0, 1)) -> RowBlocks:
 
 
 TEMPLATES = Templates({i: {LONGEST: make_maps(LONGEST, g)} for i, g in TEMPLATE_GROUPS.items()})
-
 NO_TEMPLATES = Templates({})
 
 
