@@ -135,6 +135,12 @@ def _attach_serving(
         # Last, so that it comes before whatever stands around the feature layer's module.
         feature = feature_module(modules, plan.feature_layer)
         ops.observe_input(feature, serving.observe)
+        if _device(reusable).type == "cuda":
+            # What pays is measured against this engine's own misses, which are dearer, too.
+            logger.warning(
+                "attncache: on GPUs vLLM was faster without this backend in all that was measured, "
+                "hits included (docs/performance.md, On a GPU); compare before you serve with it"
+            )
         if settings.only_where_it_pays:
             meter = _meter(reusable, plan, store, serving, vllm_config)
             measure = functools.partial(_measure, meter, serving, plan)

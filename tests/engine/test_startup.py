@@ -144,6 +144,19 @@ def test_the_settings_gate_stands_in_for_the_plans(store: Path) -> None:
     assert relative(answer, exact(OTHER)) > 10 * TOLERANCE
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_server_on_a_gpu_is_told_that_reuse_does_not_pay(
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    device: str,
+) -> None:
+    monkeypatch.setattr(startup, "_device", lambda modules: torch.device(device))
+    with caplog.at_level(logging.WARNING, logger="vllm.attncache_vllm"):
+        attach(make_model(), make_config(settings(store)))
+    assert ("vLLM was faster without this backend" in caplog.text) == (device == "cuda")
+
+
 # -- tenants -----------------------------------------------------------------------------------
 
 
