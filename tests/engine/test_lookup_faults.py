@@ -54,19 +54,6 @@ from attncache_vllm.store import (
 from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore([])
-
-
-@pytest.fixture
-def lookups(store: FakeStore) -> Iterator[Lookups]:
-    lookups = make_lookups(store)
-    yield lookups
-    store.may_answer.set()
-    lookups._thread.shutdown()
-
-
 def of_tenants(
     sequences: list[step.Sequence], tenants: Sequence[str | None]
 ) -> list[step.Sequence]:
@@ -78,29 +65,29 @@ def of_tenants(
 FIRST, SECOND = tenant_of("first"), tenant_of("second")
 
 
-def test_each_sequence_is_looked_up_among_the_entries_of_its_tenant(store: FakeStore) -> None:
+def test_each_sequence_is_looked_up_among_the_entries_of_its_tenant(fake_store: FakeStore) -> None:
     layouts: Layouts = {2: CAUSAL, 3: CAUSAL}
     plan = shared({"aligned": EVERY_CAUSAL, "neighbour": EVERY_CAUSAL})
-    lookups = make_lookups(store, plan, layouts)
-    store.records.update(make_records(layouts))
-    store.overlapping, store.answers = [[], overlap(4)], [near(3), near(1)]
+    lookups = make_lookups(fake_store, plan, layouts)
+    fake_store.records.update(make_records(layouts))
+    fake_store.overlapping, fake_store.answers = [[], overlap(4)], [near(3), near(1)]
     asked = of_tenants([*known(edit(3, 1), edit(4, 20)), *unknown([20])], [FIRST, SECOND, ""])
     hits = look_up(lookups, asked)
     lookups._thread.shutdown()
-    [by_tokens], [by_feature] = store.asked_overlaps, store.asked
+    [by_tokens], [by_feature] = fake_store.asked_overlaps, fake_store.asked
     assert by_tokens["tenants"] == [FIRST, SECOND]
     # The second has what it needs.
     assert by_feature["tenants"] == [FIRST, ""]
     assert [hit.source if hit else None for hit in hits] == ["neighbour", "aligned", "neighbour"]
 
 
-def test_a_sequence_of_whom_nobody_knows_finds_nothing(store: FakeStore) -> None:
-    lookups = make_lookups(store, shared({"aligned": EVERY, "neighbour": EVERY}))
-    store.answers = [near(1)]
+def test_a_sequence_of_whom_nobody_knows_finds_nothing(fake_store: FakeStore) -> None:
+    lookups = make_lookups(fake_store, shared({"aligned": EVERY, "neighbour": EVERY}))
+    fake_store.answers = [near(1)]
     asked = of_tenants([*known(edit(3, 1)), *unknown([20, 20])], [None, None, FIRST])
     hits = look_up(lookups, asked)
-    assert store.asked_overlaps == []
-    [by_feature] = store.asked
+    assert fake_store.asked_overlaps == []
+    [by_feature] = fake_store.asked
     assert by_feature["tenants"] == [FIRST]
     with torch.no_grad():
         own = PROJECTOR(pooled(3)).numpy()[2:]
@@ -110,7 +97,7 @@ def test_a_sequence_of_whom_nobody_knows_finds_nothing(store: FakeStore) -> None
     # And asks for nothing.
     assert look_up(lookups, of_tenants(unknown([20]), [None])) == [None]
     lookups._thread.shutdown()
-    assert len(store.asked) == 1
+    assert len(fake_store.asked) == 1
 
 
 class OwnedStore(FakeStore):
@@ -155,12 +142,12 @@ def test_no_sequence_is_ever_served_from_an_entry_of_another_tenant(data: st.Dat
 # -- memory ------------------------------------------------------------------------------------
 
 
-def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups) -> None:
-    store.answers = [near(1), near(3)]
+def test_maps_in_memory_are_not_loaded_again(fake_store: FakeStore, lookups: Lookups) -> None:
+    fake_store.answers = [near(1), near(3)]
     first = look_up(lookups, [20, 20])
-    store.answers = [near(3), near(4)]
+    fake_store.answers = [near(3), near(4)]
     second = look_up(lookups, [20, 20])
-    assert store.loaded == [[1, 3], [4]]
+    assert fake_store.loaded == [[1, 3], [4]]
     assert first[1] is not None and second[0] is not None
     assert all(second[0].served[i].maps is first[1].served[i].maps for i in LAYERS)
     held = lookups.resident.stats()
@@ -170,8 +157,8 @@ def test_maps_in_memory_are_not_loaded_again(store: FakeStore, lookups: Lookups)
     )
 
 
-def test_memory_for_maps_is_bounded_by_the_settings(store: FakeStore) -> None:
-    lookups = make_lookups(store, resident=2 * 2**20)
+def test_memory_for_maps_is_bounded_by_the_settings(fake_store: FakeStore) -> None:
+    lookups = make_lookups(fake_store, resident=2 * 2**20)
     assert lookups.resident.max_bytes == 2 * 2**20
     lookups._thread.shutdown()
 
@@ -195,17 +182,17 @@ def without_layer(record: Record, layer: int) -> Record:
     ids=["gone", "other codec", "other size", "other layers", "other mask"],
 )
 def test_a_record_that_cannot_be_used_is_a_miss_of_its_sequences_only(
-    store: FakeStore, lookups: Lookups, damaged: Record | None
+    fake_store: FakeStore, lookups: Lookups, damaged: Record | None
 ) -> None:
     before = faults("damaged record")
-    store.answers = [near(3), near(1), near(3)]
-    store.records[3] = damaged
+    fake_store.answers = [near(3), near(1), near(3)]
+    fake_store.records[3] = damaged
     hits = look_up(lookups, [20, 20, 20])
     assert hits[0] is hits[2] is None
     assert_maps_of(hits[1], 1)
     assert faults("damaged record") == before + 1
     # It is asked for again: what is damaged now may be mended by the next answer.
-    store.records[3] = RECORDS[3]
+    fake_store.records[3] = RECORDS[3]
     assert_maps_of(look_up(lookups, [20, 20, 20])[0], 3)
 
 
@@ -219,56 +206,58 @@ def test_a_record_that_cannot_be_used_is_a_miss_of_its_sequences_only(
 )
 @pytest.mark.parametrize("call", ["lookup", "load", "overlaps", "token_ids"])
 def test_a_fault_reaches_the_step_is_counted_and_ends_with_its_cause(
-    store: FakeStore, call: str, error: Exception, kind: str
+    fake_store: FakeStore, call: str, error: Exception, kind: str
 ) -> None:
     before = faults(kind)
-    lookups = make_lookups(store, shared({"aligned": EVERY, "neighbour": EVERY}))
-    store.answers, store.overlapping = [near(1)], [[]]
-    store.fail[call] = error
+    lookups = make_lookups(fake_store, shared({"aligned": EVERY, "neighbour": EVERY}))
+    fake_store.answers, fake_store.overlapping = [near(1)], [[]]
+    fake_store.fail[call] = error
     asked = known(tokens_of(0))
     future = begin(lookups, asked)
     assert future.exception(timeout=60) is error
     assert faults(kind) == before + 1
-    store.fail.clear()
+    fake_store.fail.clear()
     assert_maps_of(look_up(lookups, asked)[0], 1)
     lookups._thread.shutdown()
 
 
 def test_what_is_wrong_with_shards_is_published_after_every_lookup(
-    store: FakeStore, lookups: Lookups
+    fake_store: FakeStore, lookups: Lookups
 ) -> None:
     def late() -> float:
         return counted("attncache_shard_faults_total", kind="late")
 
-    before, store.answers = late(), [near(1)]
-    store.troubles = StoreHealth({"late": 2}, 1)
+    before, fake_store.answers = late(), [near(1)]
+    fake_store.troubles = StoreHealth({"late": 2}, 1)
     look_up(lookups, [20])
     assert (late() - before, counted("attncache_shards_out")) == (2, 1)
-    store.fail["lookup"] = StoreError("none is left")
-    store.troubles = StoreHealth({"late": 3}, 2)
+    fake_store.fail["lookup"] = StoreError("none is left")
+    fake_store.troubles = StoreHealth({"late": 3}, 2)
     assert begin(lookups, [20]).exception(timeout=60)
     assert (late() - before, counted("attncache_shards_out")) == (3, 2)
 
 
-def test_answers_that_do_not_fit_the_batch_are_a_fault(store: FakeStore, lookups: Lookups) -> None:
+def test_answers_that_do_not_fit_the_batch_are_a_fault(
+    fake_store: FakeStore, lookups: Lookups
+) -> None:
     before = faults("internal")
-    store.answers = [near(1)]
+    fake_store.answers = [near(1)]
     assert isinstance(begin(lookups, [20, 20]).exception(timeout=60), ValueError)
     assert faults("internal") == before + 1
 
 
 def test_a_slow_store_gets_no_second_lookup_until_it_has_answered(
-    store: FakeStore, lookups: Lookups
+    fake_store: FakeStore, lookups: Lookups
 ) -> None:
-    store.answers = [near(1)]
-    store.may_answer.clear()
+    fake_store.answers = [near(1)]
+    fake_store.may_answer.clear()
     slow = begin(lookups, [20])
     assert lookups.start(unknown([20]), pooled(1), deadline=float("inf")) is None
     assert lookups.start(unknown([20]), pooled(1), deadline=float("inf")) is None
-    store.may_answer.set()
+    fake_store.may_answer.set()
     assert_maps_of(slow.result(timeout=60)[0], 1)
     assert_maps_of(look_up(lookups, [20])[0], 1)
-    assert len(store.asked) == 2
+    assert len(fake_store.asked) == 2
 
 
 class CountingStore(FakeStore):

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,26 +48,13 @@ from attncache_vllm.store import (
 )
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore([])
-
-
-@pytest.fixture
-def lookups(store: FakeStore) -> Iterator[Lookups]:
-    lookups = make_lookups(store)
-    yield lookups
-    store.may_answer.set()
-    lookups._thread.shutdown()
-
-
-def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) -> None:
-    store.answers = [near(3), near(1), [], near(3)]
+def test_a_batch_is_one_lookup_and_one_load(fake_store: FakeStore, lookups: Lookups) -> None:
+    fake_store.answers = [near(3), near(1), [], near(3)]
     features = pooled(4)
     future = lookups.start(unknown([30, 20, 17, 40]), features, deadline=12345.0)
     assert future is not None
     hits = future.result(timeout=60)
-    [asked] = store.asked
+    [asked] = fake_store.asked
     # A causal map serves every text that is not longer.
     assert asked["lengths"] == [(length, MAX_LENGTH) for length in (30, 20, 17, 40)]
     assert (asked["neighbours"], asked["deadline"]) == (NEIGHBOURS, 12345.0)
@@ -77,7 +62,7 @@ def test_a_batch_is_one_lookup_and_one_load(store: FakeStore, lookups: Lookups) 
     assert asked["features"].flags.c_contiguous
     with torch.no_grad():
         np.testing.assert_allclose(asked["features"], PROJECTOR(features).numpy(), rtol=1e-4)
-    assert store.loaded == [[1, 3]]
+    assert fake_store.loaded == [[1, 3]]
     assert_maps_of(hits[0], 3)
     assert_maps_of(hits[1], 1)
     assert hits[2] is None

@@ -41,7 +41,7 @@ from startup_samples import (
     tokens_computed,
 )
 
-from attncache_vllm.engine import compat, metrics, record, startup
+from attncache_vllm.engine import compat, metrics, startup
 from attncache_vllm.engine.startup import attach, check_before_start
 from attncache_vllm.errors import (
     SettingsError,
@@ -51,18 +51,10 @@ from attncache_vllm.store import LocalStore, MapStore, ServedStore
 from attncache_vllm.tenants import SHARED_TENANT, tenant_of
 
 # The package silences it where it is loaded; pytest has filters of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_active", None)
-    metrics.LAYERS.clear()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return publish(recorded(tmp_path / "store"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+    pytest.mark.usefixtures("clean_slate"),
+]
 
 
 def layers_treated() -> dict[str, float]:
@@ -73,9 +65,9 @@ def layers_treated() -> dict[str, float]:
 # -- reuse -------------------------------------------------------------------------------------
 
 
-def test_what_was_recorded_is_reused_and_nothing_else(store: Path) -> None:
+def test_what_was_recorded_is_reused_and_nothing_else(published_store: Path) -> None:
     model = make_model()
-    attach(model, make_config(settings(store)))
+    attach(model, make_config(settings(published_store)))
     assert layers_treated() == {"exact": 1, "reused": 2}
     for rows in TEXTS:
         before = outcomes()
@@ -89,9 +81,11 @@ def test_what_was_recorded_is_reused_and_nothing_else(store: Path) -> None:
     assert tokens_computed(model) == [33, 33, 33]
 
 
-def test_a_step_of_hits_misses_and_bypasses_answers_as_each_alone(store: Path) -> None:
+def test_a_step_of_hits_misses_and_bypasses_answers_as_each_alone(published_store: Path) -> None:
     model = make_model()
-    attach(model, make_config(settings(store), scheduler_config__enable_chunked_prefill=True))
+    attach(
+        model, make_config(settings(published_store), scheduler_config__enable_chunked_prefill=True)
+    )
     long = text(5, 60)
     # The beginning of a long text in a step of its own.
     run_model(model, [Row(TEXTS[0], 0, 0), Row(long, 0, 40)])
@@ -106,10 +100,11 @@ def test_a_step_of_hits_misses_and_bypasses_answers_as_each_alone(store: Path) -
         assert relative(answer, exact(row.text)[row.start : row.stop]) <= TOLERANCE
 
 
-def test_with_prefix_caching_a_hit_computes_keys_and_values(store: Path) -> None:
+def test_with_prefix_caching_a_hit_computes_keys_and_values(published_store: Path) -> None:
     model = make_model()
     config = make_config(
-        settings(store, reuse_with_prefix_caching=True), cache_config__enable_prefix_caching=True
+        settings(published_store, reuse_with_prefix_caching=True),
+        cache_config__enable_prefix_caching=True,
     )
     attach(model, config)
     reason = "keys and values are kept for requests with the same prefix"
@@ -125,19 +120,19 @@ def test_with_prefix_caching_a_hit_computes_keys_and_values(store: Path) -> None
         assert len(impl.slots_written) == 33
 
 
-def test_a_layer_that_cannot_reuse_leaves_the_others_to(store: Path) -> None:
+def test_a_layer_that_cannot_reuse_leaves_the_others_to(published_store: Path) -> None:
     model = make_model()
     model.model.layers[1].self_attn.attn.has_sink = True
-    attach(model, make_config(settings(store)))
+    attach(model, make_config(settings(published_store)))
     assert layers_treated() == {"exact": 1, "bypassed: attention sinks": 1, "reused": 1}
     answer = run_model(model, [whole(TEXTS[2])])
     assert tokens_computed(model) == [70, 70, 0]
     assert 0 < relative(answer, exact(TEXTS[2])) <= TOLERANCE
 
 
-def test_the_settings_gate_stands_in_for_the_plans(store: Path) -> None:
+def test_the_settings_gate_stands_in_for_the_plans(published_store: Path) -> None:
     model = make_model()
-    attach(model, make_config(settings(store, max_distance=1e9)))
+    attach(model, make_config(settings(published_store, max_distance=1e9)))
     before = outcomes()
     answer = run_model(model, [whole(OTHER)])
     assert since(before) == {"hit": 1}
@@ -146,14 +141,14 @@ def test_the_settings_gate_stands_in_for_the_plans(store: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_server_on_a_gpu_is_told_that_reuse_does_not_pay(
-    store: Path,
+    published_store: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     device: str,
 ) -> None:
     monkeypatch.setattr(startup, "_device", lambda modules: torch.device(device))
     with caplog.at_level(logging.WARNING, logger="vllm.attncache_vllm"):
-        attach(make_model(), make_config(settings(store)))
+        attach(make_model(), make_config(settings(published_store)))
     assert ("vLLM was faster without this backend" in caplog.text) == (device == "cuda")
 
 
@@ -273,7 +268,7 @@ def without_reuse(model: Any) -> None:
     ids=["engine", "every layer of the plan"],
 )
 def test_a_bypassed_model_is_left_alone_and_its_prompts_counted(
-    store: Path,
+    published_store: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     prepare: Callable[[Any], None],
@@ -284,7 +279,7 @@ def test_a_bypassed_model_is_left_alone_and_its_prompts_counted(
     prepare(model)
     layers = {layer.self_attn.attn.layer_name: layer.self_attn.attn for layer in model.model.layers}
     config = make_config(
-        settings(store), **changes, compilation_config__static_forward_context=layers
+        settings(published_store), **changes, compilation_config__static_forward_context=layers
     )
     with caplog.at_level(logging.WARNING, logger="vllm.attncache_vllm"):
         attach(model, config)

@@ -43,7 +43,7 @@ from startup_samples import (
 )
 
 from attncache_vllm.config import Settings
-from attncache_vllm.engine import calibrate, metrics, record
+from attncache_vllm.engine import calibrate
 from attncache_vllm.engine.startup import attach, check_before_start, effective_plan
 from attncache_vllm.errors import (
     AttnCacheError,
@@ -59,18 +59,10 @@ from attncache_vllm.store import LocalStore
 from attncache_vllm.store.rearm import rearm
 
 # The package silences it where it is loaded; pytest has filters of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_active", None)
-    metrics.LAYERS.clear()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return publish(recorded(tmp_path / "store"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+    pytest.mark.usefixtures("clean_slate"),
+]
 
 
 # -- templates, corrections, alignment, canaries -----------------------------------------------
@@ -222,22 +214,24 @@ def test_canaries_are_answered_exactly_and_trip_a_layer_until_it_is_rearmed(
 # -- plans -------------------------------------------------------------------------------------
 
 
-def test_a_plan_in_a_file_takes_the_place_of_the_stores(store: Path, tmp_path: Path) -> None:
+def test_a_plan_in_a_file_takes_the_place_of_the_stores(
+    published_store: Path, tmp_path: Path
+) -> None:
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(Plan.reusing(3, 2, (2,), max_distance=1e-3).to_dict()))
-    config = make_config(settings(store, plan=str(file)))
+    config = make_config(settings(published_store, plan=str(file)))
     check_before_start(config)
     model = make_model()
     attach(model, config)
     assert hooked(model) == [(False, False), (False, False), (True, True)]
     # The gate of the settings is that of whatever plan is in force, and of its neighbours only.
-    with LocalStore.open(store) as opened:
+    with LocalStore.open(published_store) as opened:
         given = {"plan": file, "max_distance": 0.7}
-        plan = effective_plan(opened, Settings(store=store, **given))  # type: ignore[arg-type]
+        plan = effective_plan(opened, Settings(store=published_store, **given))  # type: ignore[arg-type]
         assert plan == Plan.reusing(3, 2, (2,), max_distance=0.7)
         both = plan_of(aligned=SourcePlan(WHOLE, 0.2), neighbour=SourcePlan(WHOLE, 0.3))
         file.write_text(json.dumps(both.to_dict()))
-        plan = effective_plan(opened, Settings(store=store, **given))  # type: ignore[arg-type]
+        plan = effective_plan(opened, Settings(store=published_store, **given))  # type: ignore[arg-type]
         assert [plan.sources[name].gate for name in ("aligned", "neighbour")] == [0.2, 0.7]
 
 
@@ -253,12 +247,12 @@ def test_a_plan_in_a_file_takes_the_place_of_the_stores(store: Path, tmp_path: P
     ids=["none", "no JSON", "no text", "no plan", "of another model"],
 )
 def test_a_bad_plan_in_a_file_is_refused_before_start(
-    store: Path, tmp_path: Path, content: bytes | None, rule: str
+    published_store: Path, tmp_path: Path, content: bytes | None, rule: str
 ) -> None:
     file = tmp_path / "plan.json"
     if content is not None:
         file.write_bytes(content)
-    config = make_config(settings(store, plan=str(file)))
+    config = make_config(settings(published_store, plan=str(file)))
     message = refusal(SettingsError, lambda: check_before_start(config))
     assert rule in message
     assert repr(str(file)) in message

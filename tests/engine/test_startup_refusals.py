@@ -24,7 +24,6 @@ from startup_samples import (
     refusal,
 )
 
-from attncache_vllm.engine import metrics, record
 from attncache_vllm.engine.startup import attach, check_before_start
 from attncache_vllm.errors import (
     AttnCacheError,
@@ -35,18 +34,10 @@ from attncache_vllm.errors import (
 from attncache_vllm.reuse.plan import Plan
 
 # The package silences it where it is loaded; pytest has filters of its own.
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-
-
-@pytest.fixture(autouse=True)
-def clean_slate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "_active", None)
-    metrics.LAYERS.clear()
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Path:
-    return publish(recorded(tmp_path / "store"))
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable"),
+    pytest.mark.usefixtures("clean_slate"),
+]
 
 
 def test_a_plan_of_another_number_of_layers_is_refused(tmp_path: Path) -> None:
@@ -64,16 +55,18 @@ def test_a_projector_of_another_width_is_refused(tmp_path: Path) -> None:
     assert "inputs of width 40, the model has 48" in message
 
 
-def test_a_store_of_other_weights_is_refused_by_the_worker(store: Path) -> None:
+def test_a_store_of_other_weights_is_refused_by_the_worker(published_store: Path) -> None:
     model = make_model()
     model.model.layers[2].mlp.weight.data += 1
-    message = refusal(NamespaceMismatch, lambda: attach(model, make_config(settings(store))))
+    message = refusal(
+        NamespaceMismatch, lambda: attach(model, make_config(settings(published_store)))
+    )
     assert "weights: store has" in message
 
 
-def test_a_store_of_another_model_is_refused_before_start(store: Path) -> None:
-    check_before_start(make_config(settings(store)))
-    config = make_config(settings(store), model_config__dtype=torch.bfloat16)
+def test_a_store_of_another_model_is_refused_before_start(published_store: Path) -> None:
+    check_before_start(make_config(settings(published_store)))
+    config = make_config(settings(published_store), model_config__dtype=torch.bfloat16)
     message = refusal(NamespaceMismatch, lambda: check_before_start(config))
     assert "dtype: store has 'float32', server has 'bfloat16'" in message
 
@@ -126,9 +119,9 @@ def test_an_engine_that_parts_its_prompts_cannot_record(tmp_path: Path) -> None:
     assert message.startswith("maps cannot be recorded by this engine: prefix caching")
 
 
-def test_a_store_is_extended_with_the_settings_it_was_begun_with(store: Path) -> None:
-    check_before_start(make_config(settings(store, record=RECORD)))
-    other = make_config(settings(store, record={**RECORD, "layers": [2]}))
+def test_a_store_is_extended_with_the_settings_it_was_begun_with(published_store: Path) -> None:
+    check_before_start(make_config(settings(published_store, record=RECORD)))
+    other = make_config(settings(published_store, record={**RECORD, "layers": [2]}))
     for refuse in (check_before_start, lambda config: attach(make_model(), config)):
         message = refusal(SettingsError, lambda refuse=refuse: refuse(other))
         assert "a store is extended with the settings it was begun with" in message
