@@ -8,6 +8,7 @@ from typing import Any
 from attncache_vllm.store import LocalStore
 
 NEVER = math.inf
+ENTRIES = 6  # of the store `pristine`
 
 
 def load_one(store: LocalStore, entry_id: int) -> Any:
